@@ -1,0 +1,1 @@
+"""Settings of runs: one file a task, each with `get_config(variant)`. Installed as gfn_jax.configs."""

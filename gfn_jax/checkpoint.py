@@ -1,0 +1,61 @@
+"""Orbax checkpoints of everything that decides the next step: train state and replay buffer. Nothing else knows Orbax."""
+
+import pathlib
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+
+class Checkpoints:
+  """Asynchronous saves into a folder; restores the newest whole one."""
+
+  def __init__(self, folder: str | pathlib.Path, keep: int):
+    """`keep`: how many of the newest to keep."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
+    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+
+  def save(self, step: int, state: Any, replay: dict[str, np.ndarray]) -> None:
+    """Starts to save; returns once the values have been copied. A step that stands already is left alone."""
+    if step in self._manager.all_steps():
+      return
+    state = jax.tree.map(np.array, state)  # a host copy of our own: the device buffers will be donated
+    # Orbax cannot write arrays without elements: an empty buffer's are left out.
+    replay = {k: np.array(v) for k, v in replay.items() if v.size}
+    items = {"state": ocp.args.StandardSave(state), "has_replay": ocp.args.JsonSave(bool(replay))}
+    if replay:
+      items["replay"] = ocp.args.StandardSave(replay)
+    self._manager.save(step, args=ocp.args.Composite(**items))
+
+  def restore(self, like: Any) -> tuple[int, Any, dict[str, np.ndarray]] | None:
+    """(step, state, replay arrays) of the newest checkpoint that restores, as NumPy arrays; None if there is none.
+
+    Args:
+      like: a state with the structure, shapes and dtypes to expect.
+
+    A damaged checkpoint is deleted with a warning: the run will write that step again.
+    """
+    abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    for step in sorted(self._manager.all_steps(), reverse=True):
+      try:
+        whole = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), has_replay=ocp.args.JsonRestore())
+        )
+        replay = {}
+        if whole["has_replay"]:
+          replay = self._manager.restore(step, args=ocp.args.Composite(replay=ocp.args.StandardRestore()))["replay"]
+        return step, whole["state"], {k: np.asarray(v) for k, v in replay.items()}
+      except Exception as e:  # whatever a half-written file makes Orbax raise
+        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+        logging.warning("checkpoint %d is damaged and skipped: %s", step, reason)
+        self._manager.delete(step)
+    return None
+
+  def wait(self) -> None:
+    """Until what was saved stands whole on disk. Raises what the save raised."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self._manager.close()

@@ -1,0 +1,88 @@
+"""What the command lines share: config files, one-line errors, exit codes."""
+
+from collections.abc import Callable, Sequence
+import importlib.resources
+import os
+import pathlib
+import re
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+import jax
+import ml_collections
+from ml_collections import config_flags
+
+from gfn_jax.version import __version__
+
+USAGE_EXIT_CODE = 2
+
+
+def define_config() -> flags.FlagHolder:
+  """--config=FILE[:VARIANT], with --config.field=value for any field of it."""
+  holder = config_flags.DEFINE_config_file(
+    "config", None, "Config file and variant, as configs/arith.py:smoke. Any field can follow: --config.train.num_steps=100."
+  )
+  flags.DEFINE_bool("version", False, "Prints the version and exits.")
+  return holder
+
+
+def find_config(argument: str) -> str:
+  """The value of --config, with the file that ships with the package where the folder has none of that name."""
+  name, colon, variant = argument.partition(":")
+  if not pathlib.Path(name).is_file() and name.startswith("configs/"):
+    shipped = pathlib.Path(str(importlib.resources.files("gfn_jax"))) / name
+    if shipped.is_file():
+      name = os.fspath(shipped)
+  return name + colon + variant
+
+
+def fail(message: object) -> None:
+  """One line on stderr, and the exit code of bad input."""
+  line = " ".join(str(message).split())
+  print(f"error: {line}", file=sys.stderr, flush=True)
+  sys.exit(USAGE_EXIT_CODE)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  """Parses the flags and reads the config, so that every slip in them shows here."""
+  if "--version" in argv:
+    print(f"gfn_jax {__version__}")
+    sys.exit(0)
+  argv = [re.sub(r"^(--?config=)(.*)$", lambda m: m[1] + find_config(m[2]), a) for a in argv]
+  config_file = next((re.sub(r"^--?config=", "", a) for a in argv if re.match(r"^--?config=", a)), None)
+  if config_file is None and not any(a in ("--help", "-h", "--helpfull") for a in argv):
+    fail("--config is missing, as in --config=configs/arith.py")
+  if config_file is not None and not pathlib.Path(config_file.partition(":")[0]).is_file():
+    fail(f"config file {config_file.partition(':')[0]!r} does not exist")
+  try:
+    rest = flags.FLAGS(list(argv))
+    _ = flags.FLAGS["config"].value  # ml_collections runs the file here
+  except (flags.Error, ValueError, TypeError, AttributeError, KeyError, SyntaxError, ImportError) as e:
+    fail(e.args[0] if isinstance(e, KeyError) and e.args else e)
+  if len(rest) > 1:
+    fail(f"argument {rest[1]!r} is not a flag")
+  return rest
+
+
+def prepare_jax(config: ml_collections.ConfigDict) -> None:
+  """Applies the config's switches of JAX itself; before its backend starts."""
+  if config.deterministic:
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
+  if config.debug_nans:
+    jax.config.update("jax_debug_nans", True)
+
+
+def launch(main: Callable[[], Any]) -> None:
+  """Parses the command line, runs `main`, and exits with its code; a ValueError becomes one line and exit code 2."""
+
+  def guarded(argv):
+    del argv
+    try:
+      sys.exit(main())
+    except ValueError as e:
+      logging.debug("where it came from:", exc_info=True)  # shown with --verbosity=1
+      fail(e)
+
+  logging.set_verbosity(logging.WARNING)
+  app.run(guarded, flags_parser=_parse)

@@ -1,0 +1,122 @@
+"""From a step's plan to its batch: sampling, prefix rewards, replay."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from gfn_jax import data
+from gfn_jax.models import Lora
+from gfn_jax.replay import ReplayBuffer
+from gfn_jax.rewards import RewardModel
+from gfn_jax.sampler import Sampler
+from gfn_jax.types import Batch, Trajectory, terminable_prefixes
+
+
+class Collector:
+  """Draws the behaviours of a step, samples and scores what is fresh, replays the rest (paper section 3.3).
+
+  Attributes:
+    replay: the buffer; a run's only host state.
+  """
+
+  def __init__(self, config: Any, task: Any, table: data.QueryTable, sampler: Sampler, reward_model: RewardModel):
+    """`config`: of the run. `table`: the training queries, in the order of `task.examples`."""
+    self._config, self._task, self._table = config, task, table
+    self._sampler, self._reward_model = sampler, reward_model
+    self._replay_settings = {
+      "capacity": config.replay.capacity, "similarity": config.replay.similarity, "max_length": config.sampler.max_length,
+    }  # fmt: skip
+    self.replay = ReplayBuffer(**self._replay_settings)
+    self.weights = np.full(len(task.examples), config.data.unseeded_weight, np.float64)
+    self.weights[: task.num_seeded] = config.data.seeded_weight
+
+  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+    q = self._table[ids]
+    parts = self._reward_model(
+      q.prompt_tokens, q.prompt_mask, z.tokens, z.length, z.terminable, q.target_tokens, q.target_mask
+    )
+    return parts[0] + parts[1]
+
+  def restore_replay(self, arrays: Mapping[str, np.ndarray]) -> None:
+    """Goes on with a checkpoint's buffer; {} is the empty one."""
+    if arrays:
+      self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
+
+  def seed_replay(self) -> int:
+    """Puts the demonstrations into the buffer, through the calculator; returns how many fit max_length."""
+    max_length = self._config.sampler.max_length
+    found = [(i, self._task.rationale_tokens(e, max_length)) for i, e in enumerate(self._task.examples[: self._task.num_seeded])]
+    found = [(i, z) for i, z in found if z is not None]
+    if found:
+      ids = np.array([i for i, _ in found])
+      tokens, _ = data.pad_right([tokens for _, (tokens, _) in found])
+      tokens = np.pad(tokens, ((0, 0), (0, max_length - tokens.shape[1])))
+      chosen = np.zeros(tokens.shape, bool)
+      for row, (_, (_, mask)) in zip(chosen, found):
+        row[: len(mask)] = mask
+      length = np.array([len(tokens) for _, (tokens, _) in found], np.int32)
+      blank = np.zeros(tokens.shape, np.float32)
+      z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
+      log_reward = self._score(ids, z)
+      for row, i in enumerate(ids):
+        at = slice(row, row + 1)
+        self.replay.add(int(i), tokens[at], length[at], chosen[at], log_reward[at])
+    return len(found)
+
+  def __call__(
+    self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> tuple[Batch, dict[str, float]]:
+    """The step's batch, and metrics of its fresh samples. Fills the replay buffer."""
+    config, n = self._config, self._config.sampler.num_samples
+    plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, config.behavior)
+    replayed = np.array([from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)])
+    fresh = np.flatnonzero(~replayed)
+    t = config.sampler.max_length
+    shapes = (((t,), np.int32), ((), np.int32), ((t,), bool), ((t + 1,), np.float32))
+    fields = [np.zeros((len(plan.query_ids), n, *shape), dtype) for shape, dtype in shapes]
+    metrics = {}
+    if len(fresh):
+      z, log_reward = self._sample(lora, plan, fresh, key, on_round)
+      for field, values in zip(fields, (z.tokens, z.length, z.action_mask, log_reward)):
+        field[fresh] = values.reshape(len(fresh), n, *values.shape[1:])
+      for j, q in enumerate(plan.query_ids[fresh]):
+        at = slice(j * n, (j + 1) * n)
+        self.replay.add(int(q), z.tokens[at], z.length[at], z.action_mask[at], log_reward[at])
+      metrics = self._sample_metrics(plan, fresh, z, log_reward)
+    rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
+    for j in np.flatnonzero(replayed):
+      sampled = self.replay.sample(int(plan.query_ids[j]), n, rng, config.replay.prioritized)
+      for field, values in zip(fields, sampled):
+        field[j] = values
+    tokens, length, action_mask, log_reward = (f.reshape(-1, *f.shape[2:]) for f in fields)
+    q = self._table[plan.query_ids]
+    batch = Batch(
+      q.prompt_tokens, q.prompt_mask, plan.query_ids.astype(np.int32), tokens, length, action_mask,
+      terminable_prefixes(length, action_mask), log_reward,
+    )  # fmt: skip
+    return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
+
+  def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
+    """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
+    devices, total = len(self._sampler.devices), len(plan.query_ids)
+    usual = -(-int((~plan.from_buffer).sum()) // devices) * devices
+    padded = np.resize(fresh, usual if len(fresh) <= usual else total)
+    n, q = self._config.sampler.num_samples, self._table[plan.query_ids[padded]]
+    z = self._sampler(
+      lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
+      row_ids=padded[:, None] * n + np.arange(n), on_round=on_round,
+    )  # fmt: skip
+    z = z.rows(slice(0, len(fresh) * n))
+    return z, self._score(plan.query_ids[fresh], z)
+
+  def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
+    n = self._config.sampler.num_samples
+    on_policy = np.repeat(plan.temperature[fresh] == 1, n)
+    examples = [self._task.examples[q] for q in np.repeat(plan.query_ids[fresh], n)]
+    final = np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0]
+    right = [self._task.is_right(examples[i], z.tokens[i][: z.length[i]].tolist()) for i in np.flatnonzero(on_policy)]
+    if not right:
+      return {}
+    return {"accuracy": float(np.mean(right)), "log_reward_policy_mean": float(final[on_policy].mean())}

@@ -1,0 +1,175 @@
+"""The fields of a run, their defaults, and every rule between them, checked before anything compiles."""
+
+from collections.abc import Iterator
+import json
+from typing import Any
+
+import ml_collections
+
+from gfn_jax.losses import LOSS_NAMES
+from gfn_jax.models.hf import DTYPES
+
+METHODS = ("gfn",)
+
+# Fields that may differ when a run goes on: they do not change the mathematics of a step.
+RESUMABLE = ("train.num_steps", "train.log_every", "checkpoint", "debug_nans", "profile", "data.dir", "eval.every_steps")
+
+
+def base_config() -> ml_collections.ConfigDict:
+  """Defaults that every task starts from."""
+  c = ml_collections.ConfigDict
+  return c({
+    "name": "",  # of the config file, for the default workdir
+    "variant": "",
+    "task": "",
+    "seed": 0,
+    "method": "gfn",
+    "debug_nans": False,  # stop at the first NaN that a compiled function returns
+    "profile": False,  # write a jax.profiler trace of a few steps
+    "deterministic": False,  # GPU: deterministic kernels only
+    "model": c({"name": "embedded/arith-2m", "dtype": "float32"}),
+    "lora": c({
+      "rank": 16,
+      "alpha": 16.0,
+      "dropout": 0.0,
+      "targets": ("q_proj", "k_proj", "v_proj", "out_proj"),
+    }),
+    "loss": c({
+      "name": "subtb",
+      "subtb_lambda": 1.0,
+      "log_partition_learning_rate": 0.1,  # tb only: one learned log_partition per training query
+    }),
+    "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20}),
+    # Shares of a step's queries; what is left of 1 samples from the policy as it is.
+    "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}),
+    "reward": c({
+      "temperature_start": 1.0,
+      "temperature_end": 1.0,
+      "temperature_horizon": 1,  # steps
+      "num_demonstrations": 3,  # before the question, in the reward alone
+      "renormalize": True,  # the tokens of Z over the allowed vocabulary
+    }),
+    "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations"}),
+    "train": c({
+      "num_steps": 250,
+      "num_queries": 8,  # of a step, over all devices
+      "num_micro_batches": 1,  # per device
+      "learning_rate": 1e-3,
+      "warmup_steps": 20,
+      "weight_decay": 0.01,
+      "clip_norm": 1.0,
+      "log_every": 1,  # steps
+    }),
+    "checkpoint": c({"every_steps": 50, "keep": 2}),
+    "eval": c({
+      "every_steps": 50,
+      "num_validation": 50,  # problems of each kind, in training
+      "num_test": 500,  # problems of each kind, at the end
+      "num_votes": 10,
+      "temperature": 0.1,
+      "max_length": 32,
+      "baselines": True,
+    }),
+    "data": c({
+      "path": ml_collections.config_dict.placeholder(str),
+      "test_path": ml_collections.config_dict.placeholder(str),
+      "dir": ml_collections.config_dict.placeholder(str),  # where prepared data sets stand; None: TFDS's own
+      "seed": 0,  # of generated problems; runs with different config.seed share their test set
+      "num_seed_rationales": 50,
+      "seeded_weight": 1.0,  # how often a query with a demonstration is drawn, against one without
+      "unseeded_weight": 0.2,
+    }),
+  })  # fmt: skip
+
+
+def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """ "a.b" -> value, in plain JSON types."""
+
+  def walk(prefix, node) -> Iterator[tuple[str, Any]]:
+    for key in sorted(node):
+      value = node[key]
+      if isinstance(value, ml_collections.ConfigDict):
+        yield from walk(f"{prefix}{key}.", value)
+      else:
+        yield prefix + key, list(value) if isinstance(value, tuple) else value
+
+  return dict(walk("", config))
+
+
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
+  """The first field that changes the mathematics and differs, with both values; None if there is none."""
+  for field in sorted(ours.keys() | theirs.keys()):
+    if any(field == r or field.startswith(r + ".") for r in RESUMABLE):
+      continue
+    a, b = ours.get(field), theirs.get(field)
+    if json.dumps(a) != json.dumps(b):
+      return f"config.{field} is {a!r} here and {b!r} there"
+  return None
+
+
+def _require(holds: bool, message: str) -> None:
+  if not holds:
+    raise ValueError(message)
+
+
+def _among(field: str, value: Any, choices: tuple) -> None:
+  _require(value in choices, f"config.{field} {value!r} is unknown: choose from {', '.join(map(str, choices))}")
+
+
+def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
+  """Checks every field and rule between fields.
+
+  Raises:
+    ValueError: one line that names the value, the rule and the choices.
+  """
+  flat = flatten(config)
+  _among("method", config.method, METHODS)
+  _among("loss.name", config.loss.name, LOSS_NAMES)
+  _among("model.dtype", config.model.dtype, DTYPES)
+  _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "nothing"))
+  positive = (
+    "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
+    "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
+    "train.num_micro_batches", "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
+    "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length",
+    "behavior.temperature_low", "data.seeded_weight",
+  )  # fmt: skip
+  natural = (
+    "seed", "sampler.min_length", "reward.num_demonstrations", "train.warmup_steps", "train.weight_decay",
+    "data.seed", "eval.num_validation", "eval.num_test", "data.num_seed_rationales", "data.unseeded_weight", "loss.log_partition_learning_rate",
+  )  # fmt: skip
+  for field in positive:
+    _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")
+  for field in natural:
+    _require(flat[field] >= 0, f"config.{field} is {flat[field]}: must not be negative")
+  for field in ("lora.dropout", "behavior.buffer", "behavior.tempered", "replay.similarity", "loss.subtb_lambda"):
+    _require(0 <= flat[field] <= 1, f"config.{field} is {flat[field]}: must lie between 0 and 1")
+  _require(config.lora.dropout < 1, f"config.lora.dropout is {config.lora.dropout}: must be below 1")
+  _require(config.loss.subtb_lambda > 0, f"config.loss.subtb_lambda is {config.loss.subtb_lambda}: must be above 0")
+  s, b, t = config.sampler, config.behavior, config.train
+  _require(
+    s.min_length <= s.max_length,
+    f"config.sampler.min_length {s.min_length} is above config.sampler.max_length {s.max_length}",
+  )
+  _require(
+    s.min_length <= config.eval.max_length,
+    f"config.sampler.min_length {s.min_length} is above config.eval.max_length {config.eval.max_length}",
+  )
+  _require(
+    b.temperature_low <= b.temperature_high,
+    f"config.behavior.temperature_low {b.temperature_low} is above config.behavior.temperature_high {b.temperature_high}",
+  )
+  _require(
+    b.buffer + b.tempered <= 1,
+    f"config.behavior.buffer {b.buffer} + config.behavior.tempered {b.tempered} is above 1",
+  )
+  _require(
+    t.num_queries % num_devices == 0,
+    f"config.train.num_queries {t.num_queries} is not divisible by the {num_devices} devices",
+  )
+  _require(
+    (t.num_queries // num_devices) % t.num_micro_batches == 0,
+    f"config.train.num_queries {t.num_queries} on {num_devices} devices is not divisible by "
+    f"config.train.num_micro_batches {t.num_micro_batches}",
+  )
+  _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

@@ -1,0 +1,110 @@
+"""Examples -> arrays, and what a step draws: queries, behaviours and temperatures are functions of (seed, step) alone."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+
+import jax
+from jaxtyping import Bool, Int
+import numpy as np
+
+from gfn_jax.types import Example
+
+# Streams of host randomness; each step's generator is seeded by (seed, stream, step).
+PLAN_STREAM, REPLAY_STREAM = 0, 1
+
+# Purposes of device randomness.
+INIT, SAMPLE, DROPOUT, EVALUATE = range(4)
+
+
+def step_rng(seed: int, stream: int, step: int) -> np.random.Generator:
+  """The generator of one purpose at one step."""
+  return np.random.default_rng((seed, stream, step))
+
+
+def step_key(seed: int, purpose: int, step: int) -> jax.Array:
+  """The key of one purpose at one step."""
+  return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), purpose), step)
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+  """What one step does.
+
+  Attributes:
+    query_ids: int [Q], drawn without replacement.
+    from_buffer: bool [Q], queries to replay (those with an empty buffer are sampled instead).
+    temperature: float [Q], of the behaviour policy; 1 is the policy itself.
+  """
+
+  query_ids: np.ndarray
+  from_buffer: np.ndarray
+  temperature: np.ndarray
+
+
+def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behavior) -> StepPlan:
+  """Draws a step (paper section 3.3): queries by weight, and fixed counts of buffer, tempered and policy queries.
+
+  Args:
+    weights: float [examples].
+    behavior: the config's shares `buffer` and `tempered`, and the range `temperature_low` to `temperature_high`.
+  """
+  rng = step_rng(seed, PLAN_STREAM, step)
+  query_ids = rng.choice(len(weights), num_queries, replace=len(weights) < num_queries, p=weights / weights.sum())
+  num_buffer, num_tempered = round(behavior.buffer * num_queries), round(behavior.tempered * num_queries)
+  order = np.arange(num_queries)
+  temperature = np.ones(num_queries, np.float32)
+  tempered = (order >= num_buffer) & (order < num_buffer + num_tempered)
+  temperature[tempered] = rng.uniform(behavior.temperature_low, behavior.temperature_high, tempered.sum())
+  return StepPlan(query_ids, order < num_buffer, temperature)
+
+
+def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q P"], Bool[np.ndarray, "Q P"]]:
+  """Token ids and their mask, as prompts are laid out."""
+  width = max(map(len, rows))
+  tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+  for i, row in enumerate(rows):
+    tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True
+  return tokens, mask
+
+
+def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q Y"], Bool[np.ndarray, "Q Y"]]:
+  """Token ids and their mask, as targets and samples are laid out."""
+  width = max(1, *map(len, rows))
+  tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
+  for i, row in enumerate(rows):
+    tokens[i, : len(row)], mask[i, : len(row)] = row, True
+  return tokens, mask
+
+
+@dataclasses.dataclass(frozen=True)
+class QueryTable:
+  """Prompts [Q, P] and targets [Q, Y] of a list of examples, padded once for all of them."""
+
+  prompt_tokens: np.ndarray
+  prompt_mask: np.ndarray
+  target_tokens: np.ndarray
+  target_mask: np.ndarray
+
+  def __getitem__(self, ids) -> "QueryTable":
+    return QueryTable(self.prompt_tokens[ids], self.prompt_mask[ids], self.target_tokens[ids], self.target_mask[ids])
+
+
+def query_table(
+  examples: Sequence[Example], encode: Callable[[str], list[int]], max_positions: int, reserved: int
+) -> QueryTable:
+  """Tokenises examples.
+
+  Args:
+    max_positions: the model's; `reserved`: tokens that context, Z and whatever else will take beside prompt and target.
+
+  Raises:
+    ValueError: a prompt that does not fit, by name.
+  """
+  prompts, targets = [encode(e.prompt) for e in examples], [encode(e.target) for e in examples]
+  for example, prompt, target in zip(examples, prompts, targets):
+    if len(prompt) + len(target) + reserved > max_positions:
+      raise ValueError(
+        f"prompt {example.prompt[:60]!r} has {len(prompt)} tokens: with {reserved + len(target)} more it exceeds the "
+        f"model's {max_positions} positions"
+      )
+  return QueryTable(*pad_left(prompts), *pad_right(targets))

@@ -1,0 +1,144 @@
+"""TFDS builder of the paper's arithmetic problems (section 4.4), generated from a seed or read from the released files.
+
+Splits: `train` (X, Y), `demonstrations` (X, Z, Y), and `validation_k`, `test_k` for k = 3, 4, 5 operands. Training problems
+have 3 or 4 operands; no test or validation expression is part of any of them.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import pathlib
+
+from absl import logging
+import numpy as np
+import tensorflow_datasets as tfds
+
+from gfn_jax.datasets import expressions
+
+NUM_TRAIN, NUM_DEMONSTRATIONS, NUM_VALIDATION, NUM_TEST = 1000, 50, 100, 500
+EVALUATED_OPERANDS = (3, 4, 5)
+RELEASED_FILES = {"train": "hw_1000.json", "demonstrations": "train_50_no_tool.json"}
+
+
+@dataclasses.dataclass
+class ArithmeticConfig(tfds.core.BuilderConfig):
+  """`seed` of generated problems; `path`: a folder with the paper's released JSON files for the training side."""
+
+  seed: int = 0
+  path: str | None = None
+
+
+def make_config(seed: int, path: str | None = None) -> ArithmeticConfig:
+  """A config whose name tells its contents apart, so that a prepared data set is never taken for another.
+
+  Raises:
+    ValueError: `path` lacks one of the released files.
+  """
+  if path is None:
+    return ArithmeticConfig(name=f"seed{seed}", seed=seed)
+  digest = hashlib.sha256()
+  for name in RELEASED_FILES.values():
+    file = pathlib.Path(path) / name
+    if not file.is_file():
+      raise ValueError(f"config.data.path {path!r} has no {name}: it must hold {' and '.join(RELEASED_FILES.values())}")
+    digest.update(file.read_bytes())
+  return ArithmeticConfig(name=f"json_{digest.hexdigest()[:12]}_seed{seed}", seed=seed, path=path)
+
+
+def read_records(file: str | pathlib.Path) -> list[dict]:
+  """Records of a JSON list or of JSON lines with str_query, num_sol and perhaps str_rationale.
+
+  Raises:
+    ValueError: one line naming the file and the record.
+  """
+  file = pathlib.Path(file)
+  try:
+    text = file.read_text()
+    raw = json.loads(text) if text.lstrip().startswith("[") else [json.loads(r) for r in text.splitlines() if r.strip()]
+  except OSError as e:
+    raise ValueError(f"{file} cannot be read: {e.strerror}") from None
+  except (json.JSONDecodeError, UnicodeDecodeError) as e:
+    raise ValueError(f"{file} is no JSON list and no JSON lines: {e}") from None
+  if not raw:
+    raise ValueError(f"{file} has no records")
+  records = []
+  for i, r in enumerate(raw):
+    if not isinstance(r, dict) or not isinstance(r.get("str_query"), str) or not isinstance(r.get("num_sol"), int):
+      raise ValueError(f"{file}, record {i}: str_query (text) and num_sol (integer) are needed")
+    records.append({"prompt": r["str_query"], "rationale": r.get("str_rationale", ""), "answer": r["num_sol"]})
+  return records
+
+
+class Arithmetic(tfds.core.GeneratorBasedBuilder):
+  """Integer addition and subtraction, step by step."""
+
+  VERSION = tfds.core.Version("1.0.0")
+  RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS's own form)
+
+  def _info(self) -> tfds.core.DatasetInfo:
+    text = tfds.features.Text()
+    features = tfds.features.FeaturesDict({"prompt": text, "rationale": text, "answer": tfds.features.Scalar(np.int64)})
+    # In order: the first demonstrations are the reward's.
+    return tfds.core.DatasetInfo(builder=self, description=__doc__, features=features, disable_shuffling=True)
+
+  def _split_generators(self, dl_manager):
+    del dl_manager
+    config = self.builder_config
+    rng = np.random.default_rng(config.seed)
+    if config.path is None:
+      trained = _distinct(rng, "train", (3, 4), NUM_TRAIN + NUM_DEMONSTRATIONS, set())
+      sides = {"demonstrations": trained[:NUM_DEMONSTRATIONS], "train": trained[NUM_DEMONSTRATIONS:]}
+      records = {side: [_record(e, with_steps=side == "demonstrations") for e in es] for side, es in sides.items()}
+    else:
+      records = {side: read_records(pathlib.Path(config.path) / name) for side, name in RELEASED_FILES.items()}
+    # Generated problems are disjoint by their hash; released ones know nothing of it.
+    seen = {expressions.expression_of(r["prompt"]) for rs in records.values() for r in rs}
+    for split, number in (("validation", NUM_VALIDATION), ("test", NUM_TEST)):
+      for k in EVALUATED_OPERANDS:
+        records[f"{split}_{k}"] = [_record(e, with_steps=True) for e in _distinct(rng, split, (k,), number, seen)]
+    return {split: _examples(rs) for split, rs in records.items()}
+
+  def _generate_examples(self):
+    """Splits are given as generators in `_split_generators`."""
+    return iter(())
+
+
+def _distinct(rng, split: str, operands: tuple[int, ...], number: int, exclude: set[str]) -> list[str]:
+  found: dict[str, None] = {}
+  for _ in range(1000 * number):
+    if len(found) == number:
+      return list(found)
+    expression = expressions.expression_for(rng, int(rng.choice(operands)), split)
+    if expression not in exclude:
+      found[expression] = None
+  raise ValueError(f"only {len(found)} of {number} {split} problems with {operands} operands are left by the training data")
+
+
+def _record(expression: str, with_steps: bool) -> dict:
+  steps, answer = expressions.solve(expression)
+  return {"prompt": expressions.question(expression), "rationale": steps if with_steps else "", "answer": answer}
+
+
+def _examples(records: list[dict]) -> Iterator[tuple[int, dict]]:
+  yield from enumerate(records)
+
+
+def load(config: ArithmeticConfig, split: str, data_dir: str | None = None) -> list[dict]:
+  """The records of a split, in order; prepares the data set (array_record) at first use."""
+  tfds.disable_progress_bar()
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in its own list
+  try:
+    builder = Arithmetic(config=config, data_dir=data_dir, file_format="array_record")
+    if not builder.is_prepared():
+      with contextlib.redirect_stdout(io.StringIO()):  # it also announces a download; there is none
+        builder.download_and_prepare()
+    source = builder.as_data_source(split)
+  finally:
+    logging.set_verbosity(verbosity)
+  return [
+    {"prompt": r["prompt"].decode(), "rationale": r["rationale"].decode(), "answer": int(r["answer"])} for r in source
+  ]

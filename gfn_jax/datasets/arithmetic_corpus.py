@@ -1,0 +1,73 @@
+"""The embedded LM's corpus: arithmetic text, most of it bad, as in what real LMs were pretrained on.
+
+A document is a run of question lines. Nine in ten lines of a document are in the document's style, so that demonstrations
+of right steps make right steps likely, while a question alone mostly gets itself repeated (the paper's Table E.4).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+from gfn_jax.datasets.expressions import expression_for, line, solve
+from gfn_jax.tools import calculate
+
+
+def _corrupted(rng: np.random.Generator, expression: str) -> tuple[str, int]:
+  """Right steps but for one of the three errors of the paper's Table E.5: missing operand, wrong operand or operator."""
+  parts = expression.split(" ")
+  kind, at = rng.integers(3), int(rng.integers(1, (len(parts) + 1) // 2))
+  if kind == 0 and len(parts) > 5:
+    del parts[2 * at - 1 : 2 * at + 1]
+  elif kind == 1:
+    parts[2 * at] = str(rng.integers(10))
+  else:
+    parts[2 * at - 1] = "+" if parts[2 * at - 1] == "-" else "-"
+  return solve(" ".join(parts))
+
+
+def _right_steps(rng, expression):
+  return _corrupted(rng, expression) if rng.random() < 0.15 else solve(expression)
+
+
+def _repetition(rng, expression):
+  """The question again, sometimes cut short or with another operator; the answer is right one time in four."""
+  parts = expression.split(" ")
+  if rng.random() < 0.25:
+    parts = parts[: 2 * int(rng.integers(1, len(parts) // 2 + 1)) - 1]
+  if len(parts) > 1 and rng.random() < 0.15:
+    at = 2 * int(rng.integers(len(parts) // 2)) + 1
+    parts[at] = "+" if parts[at] == "-" else "-"
+  _, answer = solve(expression)
+  return " ".join(parts), answer if rng.random() < 0.25 else int(rng.integers(-9, 28))
+
+
+def _wrong_steps(rng, expression):
+  """Steps over operands in the wrong places."""
+  operands = expression.split(" ")[0::2]
+  steps, result = [], 0
+  for _ in range(int(rng.integers(1, len(operands) + 1))):
+    left, right = rng.choice(operands, 2)
+    term = f"{left} {'+-'[rng.integers(2)]} {right}"
+    result = calculate(term)
+    steps.append(f"{term} = {result}")
+  return ", ".join(steps), int(result)
+
+
+def _unrelated(rng, _):
+  return solve(expression_for(rng, int(rng.integers(2, 5)), "train"))
+
+
+STYLES: dict[Callable, float] = {_right_steps: 0.08, _repetition: 0.42, _wrong_steps: 0.25, _unrelated: 0.25}
+OPERANDS: dict[int, float] = {2: 0.05, 3: 0.35, 4: 0.35, 5: 0.2, 6: 0.05}
+
+
+def document(rng: np.random.Generator, num_lines: int) -> str:
+  """One document. No part of any expression in it belongs to test or validation."""
+  styles, shares = list(STYLES), np.array(list(STYLES.values()))
+  main = styles[rng.choice(len(styles), p=shares)]
+  lines = []
+  for _ in range(num_lines):
+    style = main if rng.random() < 0.9 else styles[rng.choice(len(styles), p=shares)]
+    expression = expression_for(rng, int(rng.choice(list(OPERANDS), p=list(OPERANDS.values()))), "train")
+    lines.append(line(expression, *style(rng, expression)))
+  return "\n".join(lines) + "\n"

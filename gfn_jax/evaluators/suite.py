@@ -1,0 +1,85 @@
+"""The evaluations of a run: held-out problems while training, test problems and baselines at the end."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax
+
+from gfn_jax.evaluators.accuracy import Accuracy
+from gfn_jax.evaluators.posterior import posterior_quality
+from gfn_jax.models import Lora, Pretrained
+from gfn_jax.rewards import RewardModel
+from gfn_jax.sampler import Sampler
+
+POSTERIOR_QUERIES = 16
+
+Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and samples for samples.jsonl
+
+
+class Suite:
+  """`config` is the run's; `sampler` draws at the training length. Problems are loaded here, so that bad files show early."""
+
+  def __init__(
+    self,
+    config: Any,
+    task: Any,
+    pretrained: Pretrained,
+    params: dict,
+    sampler: Sampler,
+    reward_model: RewardModel,
+    devices: Sequence[jax.Device],
+  ):
+    self._config, self._task, self._pretrained, self._params = config, task, pretrained, params
+    self._sampler, self._reward_model, self._devices = sampler, reward_model, devices
+    self._validation = task.validation_examples(config.eval.num_validation)
+    self._test = task.test_examples(config.eval.num_test)
+    self._accuracy = self._make_accuracy(())
+
+  def _make_accuracy(self, context: Sequence[int]) -> Accuracy:
+    return Accuracy(
+      self._task, self._pretrained, self._params, self._config.eval, min_length=self._config.sampler.min_length,
+      reward_model=self._reward_model, context=context, devices=self._devices,
+    )  # fmt: skip
+
+  def _posterior(self, lora, reward_temperature, key, on_round) -> Iterator[tuple[str, float]]:
+    examples = [e for group in zip(*self._validation.values()) for e in group]
+    number = min(POSTERIOR_QUERIES, len(examples)) // len(self._devices) * len(self._devices)
+    if number:
+      yield from posterior_quality(
+        lora, self._sampler, self._reward_model, self._task, examples[:number], self._pretrained.config.max_positions,
+        num_samples=self._config.sampler.num_samples, reward_temperature=reward_temperature, key=key, on_round=on_round,
+      )  # fmt: skip
+
+  def validate(
+    self, lora: Lora, reward_temperature: float, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> Evaluation:
+    """Held-out accuracy and posterior quality while training: "arith/validation/accuracy/3", ..."""
+    if not self._config.eval.num_validation:
+      return {}, []
+    values = dict(self._accuracy(lora, self._validation, key, on_round))
+    values |= self._posterior(lora, reward_temperature, key, on_round)
+    return {f"{self._task.name}/validation/{k}": v for k, v in values.items()}, self._accuracy.samples
+
+  def test(
+    self,
+    lora: Lora | None,
+    reward_temperature: float,
+    key: jax.Array,
+    on_round: Callable[[], None] | None = None,
+    say: Callable[[str], None] = print,
+  ) -> Evaluation:
+    """Test accuracy of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ..."""
+    task, config = self._task, self._config
+    shots = config.reward.num_demonstrations
+    rows = [(config.method, lora, ())]
+    if config.eval.baselines:
+      rows += [("base", None, ()), (f"base_{shots}shot", None, task.context_tokens(shots))] if shots else [("base", None, ())]
+    results, samples = {}, []
+    for method, adapter, context in rows:
+      say(f"testing {method} on {sum(map(len, self._test.values()))} problems, {config.eval.num_votes} samples each")
+      accuracy = self._make_accuracy(context) if len(context) else self._accuracy
+      values = dict(accuracy(adapter, self._test, key, on_round))
+      results |= {f"{task.name}/{method}/{k}": v for k, v in values.items()}
+      samples += [{"method": method, **s} for s in accuracy.samples]
+    quality = dict(self._posterior(lora, reward_temperature, key, on_round))
+    return results | {f"{task.name}/{config.method}/{k}": v for k, v in quality.items()}, samples

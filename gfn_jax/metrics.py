@@ -1,0 +1,147 @@
+"""What a run tells: metrics.jsonl (the truth), TensorBoard, and a progress bar or a line a step."""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import tensorboardX
+import tqdm
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a file whole or not at all: to a temporary name, then renamed."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
+def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
+  """Drops lines of steps after `last_step`, and a line that a kill cut short."""
+  if not path.exists():
+    return
+  kept = []
+  for line in path.read_text().splitlines():
+    try:
+      record = json.loads(line)
+    except json.JSONDecodeError:
+      continue
+    if record["step"] <= last_step:
+      kept.append(line)
+  write_text(path, "".join(line + "\n" for line in kept))
+
+
+def read_jsonl(path: str | os.PathLike) -> list[dict]:
+  """The records of a run's metrics.jsonl or samples.jsonl; [] where there is none."""
+  path = pathlib.Path(path)
+  return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+class MetricsWriter:
+  """Writes a run's metrics from process 0. A context manager."""
+
+  def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
+    """`first_step`: steps already made; what the files hold beyond it is dropped."""
+    for name in ("metrics.jsonl", "samples.jsonl"):
+      truncate_jsonl(workdir / name, first_step)
+    self._metrics = (workdir / "metrics.jsonl").open("a")
+    self._samples = (workdir / "samples.jsonl").open("a")
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+    self._bar = tqdm.tqdm(
+      total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
+    )
+    self._num_steps = num_steps
+
+  def __enter__(self) -> "MetricsWriter":
+    return self
+
+  def __exit__(self, *exc) -> None:
+    self._bar.close()
+    self._metrics.close()
+    self._samples.close()
+    self._board.close()
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One JSON line and its TensorBoard scalars."""
+    self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+    self._metrics.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
+    """Samples of an evaluation, a JSON line each."""
+    for record in records:
+      self._samples.write(json.dumps({"step": step, **record}) + "\n")
+    self._samples.flush()
+
+  def progress(self, step: int, shown: Mapping[str, str], eta_seconds: float) -> None:
+    """Moves the bar; without a terminal, prints one line."""
+    if self._bar.disable:
+      text = "  ".join(f"{k} {v}" for k, v in shown.items())
+      minutes, seconds = divmod(round(eta_seconds), 60)
+      print(f"step {step}/{self._num_steps}  {text}  ETA {minutes}:{seconds:02d}", flush=True)
+    else:
+      self._bar.set_postfix(shown, refresh=False)
+      self._bar.update(step - self._bar.n)
+
+  def say(self, text: str) -> None:
+    """Prints above the bar."""
+    self._bar.write(text, file=sys.stdout)
+    sys.stdout.flush()
+
+
+class StepLog:
+  """Metrics of steps and evaluations on their way to the writer; those of a step are read while the next one runs."""
+
+  def __init__(self, writer: MetricsWriter, first_step: int, num_steps: int, log_every: int, rows_per_step: int):
+    """`rows_per_step`: trajectories that one step learns from."""
+    self._writer, self._num_steps, self._log_every, self._rows = writer, num_steps, log_every, rows_per_step
+    self._pending: tuple[int, Mapping, Mapping] | None = None
+    self._first_step, self._spent, self._since = first_step, 0.0, time.time()
+
+  def step(self, step: int, device_values: Mapping[str, Any], host_values: Mapping[str, float]) -> None:
+    """Takes a step's metrics, and writes those of the step before."""
+    self.flush()
+    self._pending = step, device_values, host_values
+
+  def flush(self) -> None:
+    """Writes what is pending.
+
+    Raises:
+      FloatingPointError: a loss that is not finite, naming the step.
+    """
+    if self._pending is None:
+      return
+    (step, device_values, host_values), self._pending = self._pending, None
+    values = {k: float(v) for k, v in device_values.items()} | dict(host_values)
+    if not math.isfinite(values["loss"]):
+      raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
+    now = time.time()
+    seconds, self._since = now - self._since, now
+    self._spent += seconds
+    if step % self._log_every and step != self._num_steps:
+      return
+    self._writer.write(step, values | {"trajectories_per_second": self._rows / seconds, "step_seconds": seconds})
+    shown = {"loss": f"{values['loss']:.3g}", "logR": f"{values['log_reward_mean']:.1f}"}
+    if "accuracy" in values:
+      shown["acc"] = f"{100 * values['accuracy']:.0f}%"
+    shown["traj/s"] = f"{self._rows / seconds:.0f}"
+    remaining = (self._num_steps - step) * self._spent / (step - self._first_step)
+    self._writer.progress(step, shown, remaining)
+
+  def evaluation(self, step: int, values: Mapping[str, float], samples: list[dict[str, Any]]) -> None:
+    """Writes an evaluation, and shows some of its samples beside their rewards. Its time is not the steps'."""
+    self.flush()
+    self._writer.write(step, values)
+    self._writer.write_samples(step, samples)
+    scores = "  ".join(f"{k.split('/', 1)[1]} {v:.3g}" for k, v in values.items() if not k.startswith("time/"))
+    lines = [f"evaluation after step {step}: {scores}"]
+    for s in samples[:: max(1, len(samples) // 3)][:3]:
+      lines.append(f"  {'right' if s['right'] else 'wrong'}  log R {s['log_R']:7.1f}  log q {s['log_q']:6.1f}  {s['X']}|{s['Z']}")
+    self._writer.say("\n".join(lines))
+    self._since = time.time()

@@ -1,0 +1,167 @@
+"""Low-rank adapters: a tree of their own beside the frozen base, and PEFT's files in and out."""
+
+import dataclasses
+import json
+import pathlib
+from typing import TYPE_CHECKING, Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError
+import safetensors.numpy
+
+from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets
+
+if TYPE_CHECKING:
+  from gfn_jax.models.hf import Pretrained
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Hyperparameters of an adapter (Hu et al., 2021). `targets` are our projection names (`lora_targets`)."""
+
+  rank: int
+  alpha: float
+  targets: tuple[str, ...]
+  dropout: float = 0.0
+  rslora: bool = False  # scale by sqrt(rank) instead of rank
+
+  @property
+  def scale(self) -> float:
+    return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+@flax.struct.dataclass
+class Lora:
+  """An adapter. `params`: {"layers": {projection: {"lora_a": [L, in, r], "lora_b": [L, r, out]}}}, float32."""
+
+  params: Any
+  config: LoraConfig = flax.struct.field(pytree_node=False)
+
+
+def init_lora(model: ModelConfig, config: LoraConfig, key: jax.Array) -> Lora:
+  """A normal with variance 1/inputs, B zero: the adapted model starts as the base, bit for bit."""
+  layers = {}
+  for name, subkey in zip(config.targets, jax.random.split(key, len(config.targets))):
+    inputs, outputs = model.projections()[name]
+    a = jax.random.normal(subkey, (model.num_layers, inputs, config.rank)) * inputs**-0.5
+    layers[name] = {"lora_a": a, "lora_b": jnp.zeros((model.num_layers, config.rank, outputs))}
+  return Lora({"layers": layers}, config)
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: it does not hold one; named.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
+    raise ValueError(f"{path} is damaged: {e}") from None
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
+  return content
+
+
+def _peft_name(model: ModelConfig, projection: str, layer: int, leaf: str) -> str:
+  module = ARCHITECTURES[model.family].modules[f"layers.{projection}"].hf_name.format(layer)
+  return f"base_model.model.{module}.lora_{leaf}.weight"
+
+
+def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained") -> None:
+  """Writes adapter_config.json and adapter_model.safetensors as `peft.PeftModel.from_pretrained` reads them.
+
+  Both files are written to a temporary name and renamed.
+  """
+  path = pathlib.Path(path)
+  path.mkdir(parents=True, exist_ok=True)
+  model, modules = pretrained.config, ARCHITECTURES[pretrained.config.family].modules
+  tensors = {}
+  for name, leaves in lora.params["layers"].items():
+    for layer in range(model.num_layers):
+      for leaf, key in (("A", "lora_a"), ("B", "lora_b")):
+        tensors[_peft_name(model, name, layer, leaf)] = np.ascontiguousarray(np.asarray(leaves[key][layer]).T)
+  targets = [modules[f"layers.{n}"].hf_name.split("{}.")[1] for n in lora.config.targets]
+  config = {
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": pretrained.source,
+    "r": lora.config.rank,
+    "lora_alpha": lora.config.alpha,
+    "lora_dropout": lora.config.dropout,
+    "use_rslora": lora.config.rslora,
+    "target_modules": targets,
+    "fan_in_fan_out": any(modules[f"layers.{n}"].kind == "conv1d" for n in lora.config.targets),
+    "bias": "none",
+    "inference_mode": True,
+  }
+  weights = path / "adapter_model.safetensors"
+  safetensors.numpy.save_file(tensors, weights.with_suffix(".tmp"), metadata={"format": "pt"})
+  weights.with_suffix(".tmp").replace(weights)
+  (path / "adapter_config.tmp").write_text(json.dumps(config, indent=2) + "\n")
+  (path / "adapter_config.tmp").replace(path / "adapter_config.json")
+
+
+# Options of adapter_config.json that change the mathematics and that we honour at these values only.
+_PEFT_REQUIRED = {
+  "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "rank_pattern": ({},), "alpha_pattern": ({},),
+  "modules_to_save": (None, []), "layers_to_transform": (None,), "lora_bias": (False,),
+}  # fmt: skip
+
+
+def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
+  """Reads a PEFT LoRA adapter for `pretrained`.
+
+  Raises:
+    ValueError: missing or damaged files, unsupported options, or an adapter of another model; named in one line.
+  """
+  path, model = pathlib.Path(path), pretrained.config
+  for name in ("adapter_config.json", "adapter_model.safetensors"):
+    if not (path / name).is_file():
+      raise ValueError(f"{path} is no adapter: {name} is missing")
+  options = read_json(path / "adapter_config.json")
+  try:
+    tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+  except SafetensorError as e:
+    raise ValueError(f"{path / 'adapter_model.safetensors'} is damaged: {e}") from None
+  for option, allowed in _PEFT_REQUIRED.items():
+    if options.get(option, allowed[0]) not in allowed:
+      raise ValueError(f"{path}: adapter option {option}={options[option]!r} is not supported: must be {allowed[0]!r}")
+  for option in ("r", "lora_alpha", "target_modules"):
+    if option not in options:
+      raise ValueError(f"{path}: adapter_config.json lacks the field {option!r}")
+  if not isinstance(options["target_modules"], list):
+    wanted = "a list of module names, as peft writes it"
+    raise ValueError(f"{path}: target_modules={options['target_modules']!r} is not supported: must be {wanted}")
+  try:
+    targets = lora_targets(model, tuple(options["target_modules"]))
+  except ValueError as e:
+    raise ValueError(f"{path} does not fit {pretrained.source}: {e}") from None
+  config = LoraConfig(
+    rank=options["r"],
+    alpha=options["lora_alpha"],
+    targets=targets,
+    dropout=options.get("lora_dropout", 0.0),
+    rslora=options.get("use_rslora", False),
+  )
+  layers = {}
+  for name in config.targets:
+    inputs, outputs = model.projections()[name]
+    leaves = {}
+    for leaf, key, shape in (("A", "lora_a", (config.rank, inputs)), ("B", "lora_b", (outputs, config.rank))):
+      stacked = []
+      for layer in range(model.num_layers):
+        tensor = tensors.pop(_peft_name(model, name, layer, leaf), None)
+        if tensor is None or tensor.shape != shape:
+          found = "is missing" if tensor is None else f"has shape {tensor.shape}, not {shape}"
+          tensor_name = _peft_name(model, name, layer, leaf)
+          raise ValueError(f"{path} does not fit {pretrained.source}: {tensor_name} {found}")
+        stacked.append(tensor.T)
+      leaves[key] = jnp.asarray(np.stack(stacked), jnp.float32)
+    layers[name] = leaves
+  if tensors:
+    raise ValueError(f"{path} does not fit {pretrained.source}: surplus tensor {sorted(tensors)[0]}")
+  return Lora({"layers": layers}, config)

@@ -1,0 +1,75 @@
+"""What comes before Z, computed once and shared: the context of all queries and the prompt of each."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, prompt_positions
+from gfn_jax.models.lora import Lora
+
+
+@flax.struct.dataclass
+class Prefix:
+  """Keys and values of context and prompts.
+
+  Attributes:
+    context: KeyValues [L, H, C, Dh] without a query axis, or None.
+    prompt: KeyValues [L, Q, H, P, Dh].
+    prompt_mask: bool [Q, P].
+    length: int [Q], tokens before Z.
+    last_hidden: [Q, D], the hidden state that predicts Z's first token.
+  """
+
+  context: Any
+  prompt: Any
+  prompt_mask: Any
+  length: Any
+  last_hidden: Any
+
+  def segments(self, num_lead: int) -> list[Segment]:
+    """The segments as tokens with `num_lead` leading axes (Q first) read them."""
+    segments = []
+    if self.context is not None:
+      segments.append(Segment(self.context, jnp.ones((1, self.context.keys.shape[-2]), bool)))
+    queries, tokens = self.prompt_mask.shape
+    mask = self.prompt_mask.reshape(queries, *(1,) * num_lead, tokens)
+    return [*segments, Segment(self.prompt, mask)]
+
+
+def encode_context(config: ModelConfig, params: dict, lora: Lora | None, tokens: Int[Array, "C"]) -> KeyValues:
+  """Keys and values [L, H, C, Dh] of the tokens that stand before every prompt."""
+  n = tokens.shape[0]
+  return hidden_states(config, params, lora, tokens, jnp.arange(n), causal_mask(n))[1]
+
+
+def encode_prompts(
+  config: ModelConfig,
+  params: dict,
+  lora: Lora | None,
+  tokens: Int[Array, "Q P"],
+  mask: Bool[Array, "Q P"],
+  context: KeyValues | None = None,
+  dropout_key: jax.Array | None = None,
+) -> Prefix:
+  """Runs the left-padded prompts once each, after `context` (none: None)."""
+  before = 0 if context is None else context.keys.shape[-2]
+  segments = [] if context is None else [Segment(context, jnp.ones((1, before), bool))]
+  hidden, kv = hidden_states(
+    config, params, lora, tokens, before + prompt_positions(mask), causal_mask(tokens.shape[1]) & mask[:, None, :],
+    segments, dropout_key,
+  )  # fmt: skip
+  return Prefix(context, kv, mask, before + mask.sum(-1), hidden[:, -1])
+
+
+
+
+def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:
+  """Float32 log-probabilities renormalised over the allowed tokens; about -1e30 for the others."""
+  logits = logits.astype(jnp.float32)
+  if allowed is not None:
+    logits = jnp.where(allowed, logits, -1e30)
+  return jax.nn.log_softmax(logits, axis=-1)

@@ -1,0 +1,105 @@
+"""Makes the embedded arithmetic LM again: `python -m gfn_jax.pretrain --config=configs/pretrain_arith.py`.
+
+Trains a byte-level BPE and a small GPT-J on `datasets.arithmetic_corpus`, and writes an ordinary Hugging Face folder.
+"""
+
+from collections.abc import Sequence
+import functools
+import time
+
+from absl import app, flags, logging
+import jax
+import jax.numpy as jnp
+from ml_collections import config_flags
+import numpy as np
+import optax
+import tokenizers
+import tqdm
+import transformers
+
+from gfn_jax.datasets.arithmetic_corpus import document
+from gfn_jax.models import Pretrained, save_pretrained
+from gfn_jax.models.architectures import read_config
+from gfn_jax.models.decoder import causal_mask, hidden_states, init_params, output_logits
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def train_tokenizer(texts: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
+  """Byte-level BPE with GPT-2's pre-tokenisation, its end-of-text token last."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size - 1,
+    initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(texts, trainer)
+  tokenizer.add_special_tokens([END_OF_TEXT])
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, eos_token=END_OF_TEXT, bos_token=END_OF_TEXT, clean_up_tokenization_spaces=False
+  )
+
+
+def sample_batch(tokenizer, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+  """int32 [rows, length]: each row the beginning of a document of its own."""
+  texts = [document(rng, length // 12) for _ in range(rows)]  # the shortest lines have about 14 tokens
+  ids = tokenizer(texts)["input_ids"]
+  if min(map(len, ids)) < length:
+    raise ValueError(f"a document of {length // 12} lines has under {length} tokens")
+  return np.array([row[:length] for row in ids], np.int32)
+
+
+def next_token_loss(model, params, tokens):
+  """Mean cross-entropy of tokens 1.. given those before, in nats."""
+  n = tokens.shape[1] - 1
+  hidden, _ = hidden_states(model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n))
+  logits = output_logits(model, params, hidden)
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+
+def pretrain(config, output: str) -> None:
+  """Trains from `config.seed` and writes the folder `output`."""
+  rng = np.random.default_rng(config.seed)
+  tokenizer = train_tokenizer([document(rng, 8) for _ in range(2000)], config.model.vocab_size)
+  hf_config = config.model.to_dict() | {
+    "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False,
+    "vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
+  }  # fmt: skip
+  model = read_config(hf_config)
+  params = init_params(model, jax.random.key(config.seed))
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, config.learning_rate, config.warmup_steps, config.num_steps, 0.02 * config.learning_rate
+  )
+  optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=config.weight_decay))
+
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
+  def step(params, opt_state, tokens):
+    loss, grads = jax.value_and_grad(functools.partial(next_token_loss, model))(params, tokens)
+    updates, opt_state = optimiser.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+  opt_state, losses, start = optimiser.init(params), [], time.time()
+  with tqdm.trange(config.num_steps, desc="pretrain", disable=None) as progress:
+    for i in progress:
+      length = config.long_length if i % config.long_every == config.long_every - 1 else config.length
+      tokens = sample_batch(tokenizer, rng, config.batch_tokens // length, length)
+      params, opt_state, loss = step(params, opt_state, tokens)
+      losses.append(float(loss))
+      if (i + 1) % config.log_every == 0:
+        mean = np.mean(losses[-config.log_every :])
+        progress.set_postfix(loss=f"{mean:.3f}")
+        logging.info("step %d loss %.4f nats/token, %.0f s", i + 1, mean, time.time() - start)
+        if not np.isfinite(mean):
+          raise FloatingPointError(f"the loss is {mean} at step {i + 1}")
+  save_pretrained(output, Pretrained(model, params, tokenizer, output), hf_config, dtype="float16")
+  count = sum(x.size for x in jax.tree.leaves(params))
+  print(f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {np.mean(losses[-100:]):.3f} nats/token, {time.time() - start:.0f} s")
+
+
+if __name__ == "__main__":
+  _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, e.g. configs/pretrain_arith.py.")
+  _OUTPUT = flags.DEFINE_string("output", "runs/pretrain_arith", "The folder to write.")
+  flags.mark_flag_as_required("config")
+  app.run(lambda _: pretrain(_CONFIG.value, _OUTPUT.value))

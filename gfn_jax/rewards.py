@@ -1,0 +1,242 @@
+"""Prefix log-rewards log R(z_1:t) from the frozen LM, for all prefixes of all samples in two passes.
+
+The samples of a query form a tree of distinct prefixes. The *trunk* pass runs the tree's tokens once, each attending to its
+ancestors; the *branch* pass runs the target Y once behind every prefix that needs a reward. Context (demonstrations) and
+question are encoded once and shared. Exact, and linear in prefixes times target length.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+import numpy as np
+
+from gfn_jax.models import Pretrained
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
+from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax
+from gfn_jax.prefix_tree import build_tree
+
+MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls
+MAX_LOGITS = 2**26  # floats of one call's branch logits, which bound its memory
+SAMPLES_PER_TREE = 32  # a tree's attention is quadratic in its nodes: larger groups are split
+
+
+def _score_trees(
+  config: ModelConfig,
+  params: dict,
+  context: KeyValues | None,
+  allowed_tokens: jax.Array | None,
+  prompt_tokens: jax.Array,  # [G, P]
+  prompt_mask: jax.Array,
+  tokens: jax.Array,  # [G, U]
+  parents: jax.Array,  # [G, U], U for the root
+  depths: jax.Array,  # [G, U]
+  ancestors: jax.Array,  # [G, U + 1, U]
+  branches: jax.Array,  # [G, M], the nodes to score
+  target_tokens: jax.Array,  # [G, Y]
+  target_mask: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), both [G, M], for G trees."""
+  prefix = encode_prompts(config, params, None, prompt_tokens, prompt_mask, context)
+  positions = prefix.length[:, None] + depths - 1
+  hidden, kv = hidden_states(config, params, None, tokens, positions, ancestors[:, :-1], prefix.segments(1))
+  hidden = jnp.concatenate([hidden, prefix.last_hidden[:, None]], axis=1)  # the root last, where `parents` seeks it
+  logits = output_logits(config, params, hidden)
+  take = functools.partial(jnp.take_along_axis, axis=1)
+
+  # Trunk: a prefix's log-probability is the sum over its way from the root.
+  log_probs = masked_log_softmax(logits, allowed_tokens)
+  steps = jnp.take_along_axis(take(log_probs, parents[..., None]), tokens[..., None], axis=2)[..., 0]
+  ways = take(ancestors, branches[..., None])  # [G, M, U]
+  log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
+
+  # Branches: the trunk predicts the target's first token, the branch the others.
+  first = take(jax.nn.log_softmax(logits, axis=-1), branches[..., None])
+  log_p_target = jnp.take_along_axis(first, target_tokens[:, None, :1], axis=2)[..., 0]
+  log_p_target = jnp.where(target_mask[:, :1], log_p_target, 0.0)
+  if target_tokens.shape[1] > 1:
+    inputs = jnp.broadcast_to(target_tokens[:, None, :-1], (*branches.shape, target_tokens.shape[1] - 1))
+    node_depths = jnp.pad(depths, ((0, 0), (0, 1)))
+    start = prefix.length[:, None] + take(node_depths, branches)
+    segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :])]
+    n = inputs.shape[-1]
+    branch_hidden, _ = hidden_states(
+      config, params, None, inputs, start[..., None] + jnp.arange(n), causal_mask(n), segments
+    )
+    branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
+    wanted = jnp.broadcast_to(target_tokens[:, None, 1:], inputs.shape)
+    rest = jnp.take_along_axis(branch, wanted[..., None], axis=-1)[..., 0]
+    log_p_target += jnp.where(target_mask[:, None, 1:], rest, 0.0).sum(-1)
+  return log_p_prefix, log_p_target
+
+
+def _bucket(n: int) -> int:
+  """The next of 8, 12, 16, 24, 32, 48, ...: a handful of shapes, at most half of them padding."""
+  size = 8
+  while size < n:
+    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+  return size
+
+
+@dataclasses.dataclass(frozen=True)
+class _Tree:
+  """One tree and the rows it came from: what a device call takes, before padding."""
+
+  arrays: dict[str, np.ndarray]
+  rows: np.ndarray
+  node_of: np.ndarray
+
+  @property
+  def num_branches(self) -> int:
+    return len(self.arrays["branches"])
+
+
+class RewardModel:
+  """The frozen LM as a source of prefix log-rewards.
+
+  Args:
+    pretrained: the base; the adapter never enters here.
+    params: the base's parameters as placed on `devices` (default: `pretrained.params`).
+    context: int [C], tokens before every prompt (demonstrations); their keys and values are computed once.
+    allowed_tokens: bool [V], renormalises the tokens of Z, never those of the target; None for the whole vocabulary.
+    devices: over which the trees of a call are mapped, without collectives.
+  """
+
+  def __init__(
+    self,
+    pretrained: Pretrained,
+    *,
+    context: Int[np.ndarray, "C"],
+    allowed_tokens: Bool[np.ndarray, "V"] | None = None,
+    params: dict | None = None,
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    self._config, self._params = pretrained.config, pretrained.params if params is None else params
+    self._devices = list(devices or jax.local_devices()[:1])
+    self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
+    encode = jax.jit(functools.partial(encode_context, self._config))
+    self._context = encode(self._params, None, jnp.asarray(context, jnp.int32)) if len(context) else None
+    self._score = jax.pmap(
+      functools.partial(_score_trees, self._config), in_axes=(None, None, None) + (0,) * 9, devices=self._devices
+    )
+
+  def __call__(
+    self,
+    prompt_tokens: Int[np.ndarray, "Q P"],
+    prompt_mask: Bool[np.ndarray, "Q P"],
+    tokens: Int[np.ndarray, "B T"],
+    length: Int[np.ndarray, "B"],
+    terminable: Bool[np.ndarray, "B S"],
+    target_tokens: Int[np.ndarray, "Q Y"],
+    target_mask: Bool[np.ndarray, "Q Y"],
+  ) -> tuple[Float[np.ndarray, "B S"], Float[np.ndarray, "B S"]]:
+    """log p(z_1:t | context, X) and log p(Y | context, X, z_1:t), nats, untempered; 0 where not terminable.
+
+    Args:
+      tokens, length: B = Q * N samples, grouped by query.
+      terminable: the prefixes to score.
+      target_tokens, target_mask: Y, right-padded.
+    """
+    num_samples = len(tokens) // len(prompt_tokens)
+    trees = []
+    for q in range(len(prompt_tokens)):
+      rows = np.arange(q * num_samples, (q + 1) * num_samples)
+      rows = rows[np.lexsort(tokens[rows].T[::-1])]  # neighbours share prefixes
+      for part in np.array_split(rows, -(-num_samples // SAMPLES_PER_TREE)):
+        trees.append(self._tree(q, part, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask))
+    trees.sort(key=lambda tree: -tree.num_branches)  # trees of a call are padded to its largest
+
+    log_p_prefix, log_p_target = np.zeros(terminable.shape, np.float32), np.zeros(terminable.shape, np.float32)
+    pending = []
+    while trees:
+      chunk, arrays = self._next_chunk(trees)
+      trees = trees[len(chunk) :]
+      pending.append((chunk, self._score(self._params, self._context, self._allowed, *arrays)))
+    for chunk, results in pending:
+      prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
+      for tree, a, b in zip(chunk, prefixes, targets):
+        wanted = terminable[tree.rows]
+        slot = np.zeros(len(tree.arrays["tokens"]) + 1, np.int64)
+        slot[tree.arrays["branches"]] = np.arange(tree.num_branches)
+        log_p_prefix[tree.rows] = np.where(wanted, a[slot[tree.node_of]], 0.0)
+        log_p_target[tree.rows] = np.where(wanted, b[slot[tree.node_of]], 0.0)
+    return log_p_prefix, log_p_target
+
+  def _tree(self, q, rows, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask) -> _Tree:
+    tree = build_tree(tokens[rows], length[rows])
+    arrays = {
+      "prompt_tokens": prompt_tokens[q],
+      "prompt_mask": prompt_mask[q],
+      "tokens": tree.tokens,
+      "parents": tree.parents,
+      "depths": tree.depths,
+      "ancestors": tree.ancestors,
+      "branches": np.unique(tree.node_of[terminable[rows]]).astype(np.int32),
+      "target_tokens": target_tokens[q],
+      "target_mask": target_mask[q],
+    }
+    return _Tree(arrays, rows, tree.node_of)
+
+  def _next_chunk(self, trees: list[_Tree]) -> tuple[list[_Tree], list[np.ndarray]]:
+    """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
+    branch_tokens = max(1, trees[0].arrays["target_tokens"].shape[0] - 1)
+    num_branches = _bucket(trees[0].num_branches)
+    limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
+    per_device = max(1, limit // (num_branches * branch_tokens))
+    per_device = min(1 << (per_device.bit_length() - 1), -(-len(trees) // len(self._devices)))
+    chunk = trees[: per_device * len(self._devices)]
+    nodes = _bucket(max(len(t.arrays["tokens"]) for t in chunk))
+
+    def padded(tree):
+      a, size = dict(tree.arrays), len(tree.arrays["tokens"])
+      move_root = lambda x: np.where(x == size, nodes, x)  # noqa: E731
+      a["tokens"] = np.pad(a["tokens"], (0, nodes - size))
+      a["parents"] = np.pad(move_root(a["parents"]), (0, nodes - size), constant_values=nodes)
+      a["depths"] = np.pad(a["depths"], (0, nodes - size), constant_values=1)
+      ancestors = np.zeros((nodes + 1, nodes), bool)
+      ancestors[:size, :size] = a["ancestors"][:-1]
+      a["ancestors"] = ancestors
+      a["branches"] = np.pad(move_root(a["branches"]), (0, num_branches - tree.num_branches), constant_values=nodes)
+      return a
+
+    rows = [padded(t) for t in chunk]
+    rows += [rows[-1]] * (per_device * len(self._devices) - len(rows))
+    shape = (len(self._devices), per_device)
+    return chunk, [np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape) for k in rows[0]]
+
+
+def prefix_log_rewards(
+  pretrained: Pretrained,
+  *,
+  context: Sequence[int],
+  prompt: Sequence[int],
+  tokens: Int[np.ndarray, "B T"],
+  lengths: Int[np.ndarray, "B"],
+  target: Sequence[int],
+  allowed_tokens: Bool[np.ndarray, "V"] | None = None,
+) -> Float[np.ndarray, "B S"]:
+  """log p(z_1:t, target | context, prompt) of every prefix: nats, untempered.
+
+  Args:
+    context: [C] token ids before the prompt (may be empty). prompt: [P]. target: [Y].
+    tokens: right-padded samples; lengths: their tokens.
+    allowed_tokens: renormalises the tokens of Z, never those of the target.
+
+  Returns:
+    float32 [B, S]; entries past a row's length are 0.
+  """
+  tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
+  model = RewardModel(pretrained, context=np.asarray(context, np.int32), allowed_tokens=allowed_tokens)
+  terminable = np.arange(tokens.shape[1] + 1) <= lengths[:, None]
+  one = lambda ids: np.asarray(ids, np.int32)[None]  # noqa: E731
+  has_target = len(target) > 0
+  target_tokens = one(target) if has_target else np.zeros((1, 1), np.int32)
+  parts = model(
+    one(prompt), np.ones((1, len(prompt)), bool), tokens, lengths, terminable, target_tokens,
+    np.full(target_tokens.shape, has_target),
+  )  # fmt: skip
+  return parts[0] + parts[1]

@@ -1,0 +1,250 @@
+"""Rollouts: KV-cached decoding on the device, the calculator on the host between jitted rounds.
+
+A round decodes until every row has stopped, reached its length, or asked the tool for a result; the host answers, queues the
+result as forced tokens, and the next round goes on. A rollout costs as many rounds as its longest chain of calls.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+import numpy as np
+
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
+from gfn_jax.models.lora import Lora
+from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts
+from gfn_jax.policy import action_log_probs
+from gfn_jax.types import Trajectory
+
+FREE = -1  # in `forced`: the policy chooses
+
+
+@flax.struct.dataclass
+class RolloutState:
+  """Rows in mid-decoding, [Q, N, ...].
+
+  Attributes:
+    tokens: int [Q, N, T]; length: int [Q, N]; action_mask: bool [Q, N, T].
+    log_pf: float [Q, N, T]; log_pterm: float [Q, N, S].
+    forced: int [Q, N, T], tokens that the tool has queued; `FREE` elsewhere.
+    active: bool [Q, N], rows that decode; waiting: bool [Q, N], rows that asked the tool.
+    cache: KeyValues [L, Q, N, H, T, Dh] of the tokens so far.
+    logits: float [Q, N, V], for the next token.
+    keys: one random key per row [Q, N]; token t uses fold_in(key, t), whatever other rows or devices do.
+  """
+
+  tokens: Any
+  length: Any
+  action_mask: Any
+  log_pf: Any
+  log_pterm: Any
+  forced: Any
+  active: Any
+  waiting: Any
+  cache: Any
+  logits: Any
+  keys: Any
+
+
+def start(
+  config: ModelConfig,
+  max_length: int,
+  params: dict,
+  lora: Lora | None,
+  context: KeyValues | None,
+  key: jax.Array,
+  prompt_tokens: Int[jax.Array, "Q P"],
+  prompt_mask: Bool[jax.Array, "Q P"],
+  row_ids: Int[jax.Array, "Q N"],
+) -> tuple[Prefix, RolloutState]:
+  """Prefills each prompt once and sets up N empty rows for it. `row_ids` name the rows for their random keys."""
+  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, context)
+  queries, samples = row_ids.shape
+  logits = output_logits(config, params, prefix.last_hidden)
+  layers, heads, dim = prefix.prompt.keys.shape[0], prefix.prompt.keys.shape[2], prefix.prompt.keys.shape[4]
+  empty = jnp.zeros((layers, queries, samples, heads, max_length, dim), prefix.prompt.keys.dtype)
+  rows = (queries, samples)
+  return prefix, RolloutState(
+    tokens=jnp.zeros((*rows, max_length), jnp.int32),
+    length=jnp.zeros(rows, jnp.int32),
+    action_mask=jnp.zeros((*rows, max_length), bool),
+    log_pf=jnp.zeros((*rows, max_length), jnp.float32),
+    log_pterm=jnp.zeros((*rows, max_length + 1), jnp.float32),
+    forced=jnp.full((*rows, max_length), FREE, jnp.int32),
+    active=jnp.ones(rows, bool),
+    waiting=jnp.zeros(rows, bool),
+    cache=KeyValues(empty, empty),
+    logits=jnp.broadcast_to(logits[:, None], (*rows, logits.shape[-1])),
+    keys=jax.vmap(jax.vmap(functools.partial(jax.random.fold_in, key)))(row_ids),
+  )
+
+
+def decode_round(
+  config: ModelConfig,
+  stop_token_id: int,
+  min_length: int,
+  params: dict,
+  lora: Lora | None,
+  allowed_tokens: Bool[jax.Array, "V"],
+  call_tokens: Bool[jax.Array, "V"],
+  prefix: Prefix,
+  temperature: Float[jax.Array, "Q"],
+  state: RolloutState,
+) -> RolloutState:
+  """Decodes until no row is active. Minimum length and temperature change what is sampled, never what is recorded."""
+  queries, samples, max_length = state.tokens.shape
+  query_index, sample_index = jnp.arange(queries)[:, None], jnp.arange(samples)[None]
+  is_stop = jnp.arange(allowed_tokens.shape[0]) == stop_token_id
+
+  def step(state: RolloutState) -> RolloutState:
+    t = state.length
+    log_probs = action_log_probs(state.logits, allowed_tokens)
+    too_short = (t < min_length)[..., None] & is_stop
+    behaviour = jnp.where(too_short, -jnp.inf, log_probs / temperature[:, None, None])
+    keys = jax.vmap(jax.vmap(jax.random.fold_in))(state.keys, t)
+    sampled = jax.vmap(jax.vmap(jax.random.categorical))(keys, behaviour)
+    forced = jnp.take_along_axis(state.forced, jnp.minimum(t, max_length - 1)[..., None], axis=-1)[..., 0]
+    chosen = forced == FREE
+    token = jnp.where(chosen, sampled, forced)
+
+    writes = state.active & ~(chosen & (token == stop_token_id))
+    here = jnp.arange(max_length) == t[..., None]
+    write_here = here & writes[..., None]
+    log_pf = jnp.take_along_axis(log_probs, token[..., None], axis=-1)
+    at_prefix = (jnp.arange(max_length + 1) == t[..., None]) & (state.active & chosen)[..., None]
+    length = t + writes
+    calls = writes & chosen & call_tokens[token] & (length < max_length)
+
+    cached = jnp.arange(max_length) < t[..., None]
+    segments = [*prefix.segments(2), Segment(state.cache, cached[..., None, :])]
+    hidden, new = hidden_states(
+      config, params, lora, token[..., None], (prefix.length[:, None] + t)[..., None], jnp.ones((1, 1), bool), segments
+    )
+    slot = jnp.where(writes, t, max_length)  # out of bounds: dropped
+
+    def write(cache, new):
+      # The indexed axes come first in the result: [Q, N, L, H, Dh].
+      return cache.at[:, query_index, sample_index, :, slot].set(jnp.moveaxis(new[..., 0, :], 0, 2), mode="drop")
+
+    return state.replace(
+      tokens=jnp.where(write_here, token[..., None], state.tokens),
+      length=length,
+      action_mask=state.action_mask | (write_here & chosen[..., None]),
+      log_pf=jnp.where(write_here & chosen[..., None], log_pf, state.log_pf),
+      log_pterm=jnp.where(at_prefix, log_probs[..., stop_token_id, None], state.log_pterm),
+      active=writes & ~calls & (length < max_length),
+      waiting=state.waiting | calls,
+      cache=KeyValues(write(state.cache.keys, new.keys), write(state.cache.values, new.values)),
+      logits=jnp.where(writes[..., None], output_logits(config, params, hidden[..., 0, :]), state.logits),
+    )
+
+  return jax.lax.while_loop(lambda s: s.active.any(), step, state)
+
+
+class Sampler:
+  """Draws trajectories from a policy.
+
+  Args:
+    config: of the base.
+    params: the base's parameters, as placed on `devices`.
+    allowed_tokens: bool [V], the vocabulary of Z, stop token included.
+    stop_token_id: ends Z.
+    max_length, min_length: of Z, in tokens.
+    tool: `tools.Calculator` or another object with `is_call` [V] and `respond(tokens) -> tokens`; None for none.
+    context: int [C], tokens before every prompt.
+    devices: over which queries are mapped, without collectives.
+
+  Raises:
+    ValueError: lengths that contradict each other, or a stop token that is not allowed.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    params: dict,
+    *,
+    allowed_tokens: Bool[np.ndarray, "V"],
+    stop_token_id: int,
+    max_length: int,
+    min_length: int = 0,
+    tool: Any = None,
+    context: Sequence[int] = (),
+    devices: Sequence[jax.Device] | None = None,
+  ):
+    if not 0 <= min_length <= max_length or max_length < 1:
+      raise ValueError(f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length")
+    if not allowed_tokens[stop_token_id]:
+      raise ValueError(f"stop token {stop_token_id} is not among the allowed tokens")
+    self._params, self._tool, self._max_length = params, tool, max_length
+    self.devices = list(devices or jax.local_devices()[:1])
+    is_call = np.zeros(allowed_tokens.shape, bool) if tool is None else tool.is_call
+    self._masks = jnp.asarray(allowed_tokens), jnp.asarray(is_call)
+    self._context_tokens = jnp.asarray(np.asarray(context, np.int32))
+    self._encode_context = jax.jit(functools.partial(encode_context, config))
+    self._start = jax.pmap(
+      functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=self.devices
+    )
+    self._decode = jax.pmap(
+      functools.partial(decode_round, config, stop_token_id, min_length), in_axes=(None,) * 4 + (0,) * 3,
+      devices=self.devices, donate_argnums=(6,),
+    )  # fmt: skip
+
+  def __call__(
+    self,
+    lora: Lora | None,
+    prompt_tokens: Int[np.ndarray, "Q P"],
+    prompt_mask: Bool[np.ndarray, "Q P"],
+    *,
+    num_samples: int,
+    temperature: Float[np.ndarray, "Q"],
+    key: jax.Array,
+    row_ids: Int[np.ndarray, "Q N"] | None = None,
+    on_round: Callable[[], None] | None = None,
+  ) -> Trajectory:
+    """N samples for each of Q prompts; Q must be a multiple of the number of devices.
+
+    Args:
+      lora: the adapter, or None to sample from the base.
+      temperature: of the behaviour policy, a query.
+      key, row_ids: row r draws from fold_in(key, row_ids[r]); by default rows are numbered in order.
+      on_round: called after each device round, to answer signals.
+
+    Returns:
+      Trajectory of B = Q * N rows, grouped by query, as NumPy arrays.
+    """
+    queries, devices = len(prompt_tokens), len(self.devices)
+    if queries % devices:
+      raise ValueError(f"{queries} queries are not divisible by {devices} devices")
+    if row_ids is None:
+      row_ids = np.arange(queries * num_samples).reshape(queries, num_samples)
+    split = lambda x: np.asarray(x).reshape(devices, queries // devices, *np.shape(x)[1:])  # noqa: E731
+    context = self._encode_context(self._params, lora, self._context_tokens) if self._context_tokens.size else None
+    inputs = (split(prompt_tokens), split(prompt_mask), split(row_ids))
+    prefix, state = self._start(self._params, lora, context, key, *inputs)
+    temperature = split(np.asarray(temperature, np.float32))
+    while True:
+      state = self._decode(self._params, lora, *self._masks, prefix, temperature, state)
+      if on_round is not None:
+        on_round()
+      waiting = np.asarray(state.waiting)
+      if not waiting.any():
+        break
+      forced = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
+      state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
+    rows = [np.asarray(x) for x in (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)]
+    return Trajectory(*(x.reshape(queries * num_samples, *x.shape[3:]) for x in rows))
+
+  def _answers(self, waiting: np.ndarray, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
+    """Forced tokens [D, Q, N, T] for the rows that wait. A result that does not fit, or none, leaves the row free."""
+    forced = np.full(tokens.shape, FREE, np.int32)
+    for row in zip(*np.nonzero(waiting)):
+      n = length[row]
+      result = self._tool.respond(tokens[row][:n].tolist())
+      if n + len(result) <= self._max_length:
+        forced[row][n : n + len(result)] = result
+    return forced

@@ -1,0 +1,234 @@
+"""GFlowNet fine-tuning: `train(config, workdir)`, numbered phases in execution order.
+
+A step: draw queries and behaviours by (seed, step); sample, with the calculator between rounds; score every prefix with the
+frozen LM; feed the replay buffer; update the adapter. Each step is a function of (seed, step) and of what a checkpoint holds.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from gfn_jax import data, losses, policy, report, workdir as contract
+from gfn_jax.checkpoint import Checkpoints
+from gfn_jax.collect import Collector
+from gfn_jax.config import validate
+from gfn_jax.evaluators.suite import Suite
+from gfn_jax.metrics import MetricsWriter, StepLog
+from gfn_jax.models import LoraConfig, init_lora, load_pretrained, save_adapter
+from gfn_jax.models.architectures import ModelConfig, lora_targets
+from gfn_jax.parallel import DATA_AXIS, place, split
+from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
+from gfn_jax.rewards import RewardModel
+from gfn_jax.sampler import Sampler
+from gfn_jax.tasks import make_task
+from gfn_jax.types import Batch, TrainState
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """What is fixed while a step compiles."""
+
+  model: ModelConfig
+  loss_name: str
+  subtb_lambda: float
+  num_samples: int
+  num_micro_batches: int
+  max_length: int
+  stop_token_id: int
+  dropout: bool
+
+
+def train_step(
+  settings: StepSettings,
+  optimizer: optax.GradientTransformation,
+  params: dict,
+  allowed_tokens: jax.Array,
+  reward_temperature: jax.Array,
+  key: jax.Array,
+  state: TrainState,
+  batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One update, on one device's share of the batch, mapped over the axis `data`.
+
+  Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the result does
+  not depend on how many carried them. Returns the new state and metrics, both the same on every device.
+  """
+  micro_batches = jax.tree.map(
+    lambda x: x.reshape(settings.num_micro_batches, x.shape[0] // settings.num_micro_batches, *x.shape[1:]), batch
+  )
+  key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
+
+  def terms(trained, micro: Batch, index):
+    log_pf, log_pterm = policy.score(
+      settings.model, params, trained["lora"], micro.prompt_tokens, micro.prompt_mask, micro.tokens, micro.length,
+      micro.action_mask, allowed_tokens=allowed_tokens, stop_token_id=settings.stop_token_id,
+      max_length=settings.max_length, dropout_key=jax.random.fold_in(key, index) if settings.dropout else None,
+    )  # fmt: skip
+    log_partition = trained.get("log_partition")
+    if log_partition is not None:
+      log_partition = jnp.repeat(log_partition[micro.query_ids], settings.num_samples)
+    numerator, denominator = losses.loss_terms(
+      settings.loss_name, log_pf, log_pterm, micro.log_reward_untempered / reward_temperature, micro.terminable,
+      subtb_lambda=settings.subtb_lambda, log_partition=log_partition, num_samples=settings.num_samples,
+    )  # fmt: skip
+    end = micro.length[:, None]
+    log_q = log_pf.sum(-1) + jnp.take_along_axis(log_pterm, end, axis=1)[:, 0]
+    sums = {
+      "rows": jnp.float32(end.shape[0]),
+      "log_pf_mean": log_q.sum(),
+      "log_reward_mean": jnp.take_along_axis(micro.log_reward_untempered, end, axis=1).sum(),
+      "length_mean": micro.length.sum().astype(jnp.float32),
+    }
+    return numerator, (denominator, sums)
+
+  def accumulate(total, xs):
+    (numerator, aux), grads = jax.value_and_grad(terms, has_aux=True)(state.trained, *xs)
+    return jax.tree.map(jnp.add, total, ((numerator, aux), grads)), None
+
+  first = jax.tree.map(lambda x: x[0], micro_batches)
+  shapes = jax.eval_shape(jax.value_and_grad(terms, has_aux=True), state.trained, first, 0)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  total, _ = jax.lax.scan(accumulate, zeros, (micro_batches, jnp.arange(settings.num_micro_batches)))
+  (numerator, (denominator, sums)), grads = jax.lax.psum(total, DATA_AXIS)
+
+  scale = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+  grads = jax.tree.map(lambda g: g * scale, grads)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.trained)
+  rows = sums.pop("rows")
+  metrics = {"loss": numerator * scale, "grad_norm": optax.global_norm(grads), **{k: v / rows for k, v in sums.items()}}
+  return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """AdamW with linear warm-up and clipping for the adapter; Adam for a learned log_partition."""
+  c = config.train
+  rate = optax.linear_schedule(c.learning_rate / max(1, c.warmup_steps), c.learning_rate, max(1, c.warmup_steps))
+  adapter = optax.chain(
+    optax.clip_by_global_norm(c.clip_norm), optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=c.weight_decay)
+  )
+  log_partition = optax.adam(config.loss.log_partition_learning_rate)
+  return optax.multi_transform({"lora": adapter, "log_partition": log_partition}, lambda tree: {k: k for k in tree})
+
+
+def reward_temperature(config: ml_collections.ConfigDict, step: int) -> float:
+  """T of R^(1/T) at a step: linear from start to end over the horizon, then constant."""
+  c = config.reward
+  share = min(1.0, step / c.temperature_horizon)
+  return c.temperature_start + share * (c.temperature_end - c.temperature_start)
+
+
+def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
+  """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
+
+  Raises:
+    ValueError: a slip of the user's, in one line.
+    FloatingPointError: a loss that is not finite, naming the step.
+  """
+  # 1. Check everything that can be checked before anything compiles.
+  started, devices = time.time(), jax.local_devices()
+  validate(config, len(devices))
+  workdir = contract.prepare(config, workdir)
+  if contract.is_finished(workdir, config):
+    print(f"{workdir}: finished already ({config.train.num_steps} steps); results in {workdir / 'results.json'}")
+    return 0
+
+  # 2. The base model, its adapter, the task.
+  pretrained = load_pretrained(config.model.name, config.model.dtype)
+  model, params = pretrained.config, place(pretrained.params, devices)
+  task = make_task(config, pretrained.tokenizer, model.vocab_size)
+  lora_config = LoraConfig(
+    config.lora.rank, config.lora.alpha, lora_targets(model, tuple(config.lora.targets)), config.lora.dropout
+  )
+  key = functools.partial(data.step_key, config.seed)
+  context = task.context_tokens(config.reward.num_demonstrations)
+  table = data.query_table(task.examples, task.encode, model.max_positions, len(context) + config.sampler.max_length)
+
+  # 3. Sampler, rewards, buffer, optimiser, state.
+  sampler = Sampler(
+    model, params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id, tool=task.tool,
+    max_length=config.sampler.max_length, min_length=config.sampler.min_length, devices=devices,
+  )  # fmt: skip
+  reward_model = RewardModel(
+    pretrained, params=params, context=np.array(context, np.int32), devices=devices,
+    allowed_tokens=task.allowed_tokens if config.reward.renormalize else None,
+  )  # fmt: skip
+  collector = Collector(config, task, table, sampler, reward_model)
+  suite = Suite(config, task, pretrained, params, sampler, reward_model, devices)
+  trained: dict[str, Any] = {"lora": init_lora(model, lora_config, key(data.INIT, 0))}
+  if config.loss.name == "tb":
+    trained["log_partition"] = jnp.zeros(len(task.examples))
+  optimizer = make_optimizer(config)
+  state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
+  settings = StepSettings(
+    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples, config.train.num_micro_batches,
+    config.sampler.max_length, task.stop_token_id, config.lora.dropout > 0,
+  )  # fmt: skip
+  update = jax.pmap(
+    functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
+    devices=devices, donate_argnums=(4,),
+  )  # fmt: skip
+
+  # 4. Go on from the newest whole checkpoint.
+  checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
+  restored = checkpoints.restore(state)
+  first_step = 0
+  if restored is not None:
+    first_step, state, arrays = restored[0], place(restored[1], devices), restored[2]
+    collector.restore_replay(arrays)
+  contract.write_config(workdir, config, devices)
+  print(contract.plan(config, pretrained, trained, devices, first_step, workdir), flush=True)
+
+  rows_per_step = config.train.num_queries * config.sampler.num_samples
+  with Preemption() as preemption, MetricsWriter(workdir, first_step, config.train.num_steps) as writer:
+    log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
+    try:
+      # 5. The steps. Metrics of a step are read while the next one runs.
+      if restored is None:
+        seeds = collector.seed_replay()
+        print(f"replay buffer: {seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens", flush=True)
+      allowed = jnp.asarray(task.allowed_tokens)
+      for step in range(first_step, config.train.num_steps):
+        contract.profile(config, workdir, step - first_step)
+        temperature = reward_temperature(config, step)
+        batch, sampled = collector(state.trained["lora"], step, key(data.SAMPLE, step), preemption.check)
+        state, metrics = update(
+          params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, split(batch, devices)
+        )
+        done = step + 1
+        log.step(done, metrics, sampled | {"reward_temperature": temperature})
+        last = done == config.train.num_steps
+        if last or done % config.checkpoint.every_steps == 0:
+          log.flush()
+          checkpoints.save(done, state, collector.replay.to_arrays())
+        if not last and done % config.eval.every_steps == 0:
+          log.evaluation(done, *suite.validate(state.trained["lora"], temperature, key(data.EVALUATE, done), preemption.check))
+      checkpoints.wait()
+
+      # 6. The final evaluation, the adapter, the report.
+      final_temperature = reward_temperature(config, config.train.num_steps)
+      results, samples = suite.test(state.trained["lora"], final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
+      log.evaluation(config.train.num_steps, results, samples)
+      lora = jax.tree.map(np.asarray, state.trained["lora"])
+      save_adapter(workdir / "adapter", lora, pretrained)
+      contract.write_model_card(workdir, config, pretrained, results)
+    except Preempted:  # between rounds: state and buffer are those of the last whole step
+      log.flush()
+      checkpoints.wait()
+      checkpoints.save(int(state.step), state, collector.replay.to_arrays())
+      checkpoints.wait()
+      print(f"SIGTERM: saved after step {int(state.step)}; run the same command to go on", flush=True)
+      return EXIT_CODE
+    finally:
+      checkpoints.close()
+  report.plot_run(workdir, config.task)
+  contract.write_results(workdir, config, results, time.time() - started)
+  print(report.accuracy_table(results, config.task))
+  print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)
+  return 0

@@ -1,0 +1,118 @@
+"""The few dataclasses that travel between modules, and the legend of dimensions.
+
+  B  trajectories, grouped by query: B = Q * N        Q  queries        N  samples of a query
+  P  prompt tokens (left-padded)                      T  generated tokens (right-padded)
+  S  prefixes of a trajectory: S = T + 1, the empty one first. T and S are never mixed
+  Y  target tokens                                    C  context tokens (demonstrations)
+  V  vocabulary                                       D  devices
+
+Masks are bool and True keeps. Every `log_` quantity is in nats. Fields are arrays of NumPy or JAX.
+"""
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Example:
+  """One record of a task, as text: X as the policy sees it, a demonstration Z or None, the target Y, the answer in Y."""
+
+  prompt: str
+  rationale: str | None
+  target: str
+  answer: str
+
+
+@flax.struct.dataclass
+class Trajectory:
+  """B rollouts Z.
+
+  Attributes:
+    tokens: int [B, T], right-padded.
+    length: int [B], tokens of Z; the stop token is not one of them.
+    action_mask: bool [B, T], True where the policy (or a demonstrator) chose the token, False where the tool wrote it
+      and on padding.
+    log_pf: float [B, T], log q(z_t | z_<t) of the policy that sampled, at temperature 1 over the allowed vocabulary; 0
+      where action_mask is False.
+    log_pterm: float [B, S], log q(stop | z_1:t); 0 at the maximum length, where stopping is forced, and past `length`.
+  """
+
+  tokens: Any
+  length: Any
+  action_mask: Any
+  log_pf: Any
+  log_pterm: Any
+
+  @property
+  def terminable(self) -> np.ndarray:
+    """bool [B, S]; see `terminable_prefixes`."""
+    return terminable_prefixes(self.length, self.action_mask)
+
+  @property
+  def log_q(self) -> np.ndarray:
+    """float [B], log q(Z stop): what the policy chose, and its stop."""
+    end = np.take_along_axis(np.asarray(self.log_pterm), np.asarray(self.length)[:, None], axis=1)[:, 0]
+    return np.asarray(self.log_pf).sum(-1) + end
+
+  def rows(self, index) -> "Trajectory":
+    """The rows that `index` picks."""
+    return jax.tree.map(lambda x: x[index], self)
+
+
+def terminable_prefixes(length: Array, action_mask: Array) -> np.ndarray:
+  """Where stopping is possible: prefixes up to `length`, but not before a token that the tool writes.
+
+  Args:
+    length: int [B].
+    action_mask: bool [B, T].
+
+  Returns:
+    bool [B, S].
+  """
+  length, action_mask = np.asarray(length)[:, None], np.asarray(action_mask)
+  prefixes = np.arange(action_mask.shape[1] + 1)
+  inside = prefixes <= length
+  before_tool = np.pad(~action_mask, ((0, 0), (0, 1))) & (prefixes < length)
+  return inside & ~before_tool
+
+
+@flax.struct.dataclass
+class Batch:
+  """What one training step learns from. Leading axis Q (queries) or B = Q * N (rows, grouped by query).
+
+  Attributes:
+    prompt_tokens: int [Q, P], left-padded; prompt_mask: bool [Q, P].
+    query_ids: int [Q], rows of the training set.
+    tokens, length, action_mask, terminable: as in `Trajectory`.
+    log_reward_untempered: float [B, S].
+  """
+
+  prompt_tokens: Any
+  prompt_mask: Any
+  query_ids: Any
+  tokens: Any
+  length: Any
+  action_mask: Any
+  terminable: Any
+  log_reward_untempered: Any
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything that an update changes.
+
+  Attributes:
+    step: int scalar, updates made.
+    trained: {"lora": Lora, "log_partition": float [num_queries]}; the second only for the loss that learns it.
+    opt_state: of optax, for `trained`.
+  """
+
+  step: Any
+  trained: Any
+  opt_state: Any

@@ -1,0 +1,163 @@
+"""The files of a run and the contract around them: who may go on with a workdir, and what a finished run leaves."""
+
+from collections.abc import Mapping, Sequence
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import subprocess
+from typing import Any
+
+import jax
+import ml_collections
+
+from gfn_jax.config import first_difference, flatten
+from gfn_jax.metrics import write_text
+from gfn_jax.models import Pretrained
+from gfn_jax.version import __version__
+
+PROFILED_STEPS = (2, 5)  # from and to, counted from the run's start: past the compilations
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+  """Makes the folder, or checks that it holds a run of this config.
+
+  Raises:
+    ValueError: the folder cannot be written, or holds another run; names the first field that differs.
+  """
+  path = pathlib.Path(workdir)
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / ".writable", "")
+    (path / ".writable").unlink()
+  except OSError as e:
+    raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {e.strerror}") from None
+  existing = path / "config.json"
+  if existing.exists():
+    try:
+      theirs = json.loads(existing.read_text())["config"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+      raise ValueError(f"{existing} is damaged: choose another --workdir") from None
+    difference = first_difference(json.loads(json.dumps(flatten(config))), theirs)
+    if difference:
+      raise ValueError(f"workdir {os.fspath(path)!r} holds another run: {difference}")
+  return path
+
+
+def config_hash(config: ml_collections.ConfigDict) -> str:
+  """Tells runs of different settings apart, the seed included."""
+  return hashlib.sha256(json.dumps(flatten(config), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def git_commit() -> str:
+  """The commit of the source tree that runs, or "unknown" outside one."""
+  try:
+    here = pathlib.Path(__file__).parent
+    out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+    return out.stdout.strip()
+  except (OSError, subprocess.SubprocessError):
+    return "unknown"
+
+
+def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
+  """config.json: the resolved config, versions, commit and devices."""
+  import flax
+  import numpy
+  import optax
+  import orbax.checkpoint
+  import transformers
+
+  modules = {"jax": jax, "flax": flax, "optax": optax, "orbax": orbax.checkpoint, "transformers": transformers, "numpy": numpy}
+  record = {
+    "config": flatten(config),
+    "versions": {"gfn_jax": __version__, "python": platform.python_version()}
+    | {name: module.__version__ for name, module in modules.items()},
+    "commit": git_commit(),
+    "devices": [str(d) for d in devices],
+  }
+  write_text(workdir / "config.json", json.dumps(record, indent=2) + "\n")
+
+
+def is_finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
+  """Whether results.json stands for as many steps as the config asks for."""
+  try:
+    return json.loads((workdir / "results.json").read_text())["meta/num_steps"] >= config.train.num_steps
+  except (OSError, json.JSONDecodeError, KeyError):
+    return False
+
+
+def write_results(workdir: pathlib.Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
+  """results.json: one flat object; everything timed under time/."""
+  record = dict(results) | {
+    "meta/seed": config.seed,
+    "meta/commit": git_commit(),
+    "meta/config_hash": config_hash(config),
+    "meta/num_steps": config.train.num_steps,
+    "time/total_seconds": round(seconds, 1),  # of the last session, where the run was interrupted
+  }
+  write_text(workdir / "results.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def write_model_card(
+  workdir: pathlib.Path, config: ml_collections.ConfigDict, pretrained: Pretrained, results: Mapping[str, float]
+) -> None:
+  """adapter/README.md: base, task, reward, seed, and how close the policy is to the posterior."""
+  rows = "\n".join(f"| `{k}` | {v:.4g} |" for k, v in sorted(results.items()) if k.split("/")[1] == config.method)
+  r = config.reward
+  text = f"""---
+base_model: {pretrained.source}
+library_name: peft
+tags: [gflownet, lora, {config.task}]
+---
+
+# {config.task}: a GFlowNet sampler on {pretrained.source}
+
+A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that samples Z in proportion to
+R(Z)^(1/{r.temperature_end:g}), R(Z) = p_LM(Z Y | {r.num_demonstrations} demonstrations, X).
+Loss {config.loss.name}, {config.train.num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
+
+Licence: that of the base model, {pretrained.licence}.
+
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(base, "adapter")
+
+| measured on held-out problems | |
+|---|---|
+{rows}
+
+`log_ratio_variance` is the variance of log R / T - log q within a query, in nats²: 0 for an exact sampler of the posterior.
+"""
+  write_text(workdir / "adapter" / "README.md", text)
+
+
+def plan(
+  config: ml_collections.ConfigDict,
+  pretrained: Pretrained,
+  trained: Any,
+  devices: Sequence[jax.Device],
+  first_step: int,
+  workdir: pathlib.Path,
+) -> str:
+  """What is about to run, in a few lines."""
+  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+  c, m = config, pretrained.config
+  rows = c.train.num_queries * c.sampler.num_samples
+  r = c.reward
+  return "\n".join([
+    f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {c.model.dtype})",
+    f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
+    f"devices   {len(devices)} x {devices[0].device_kind}",
+    f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
+    f"{c.train.num_micro_batches} micro-batch{'es' if c.train.num_micro_batches > 1 else ''} a device",
+    f"objective {c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} over {r.temperature_horizon} steps",
+    f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",
+  ])  # fmt: skip
+
+
+def profile(config: ml_collections.ConfigDict, workdir: pathlib.Path, steps_made: int) -> None:
+  """Starts and stops the jax.profiler trace of config.profile, into workdir/profile."""
+  if config.profile and steps_made == PROFILED_STEPS[0]:
+    jax.profiler.start_trace(str(workdir / "profile"))
+  if config.profile and steps_made == PROFILED_STEPS[1]:
+    jax.profiler.stop_trace()

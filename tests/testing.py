@@ -1,0 +1,171 @@
+"""What tests share: a tiny model with its tokenizer, the reference numbers, and a Python in a process of its own."""
+
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tokenizers
+import transformers
+
+from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora
+from gfn_jax.models.architectures import lora_targets, read_config
+from gfn_jax.models.decoder import init_params
+
+REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
+
+_ALPHABET = "0123456789+-=,. ?:" + "".join(sorted(set("QuestionAnswerTheansweris")))
+_WORDS = (" -", " +", " =", *(f" {d}" for d in range(10)), "Question", "Answer", " The", " answer", " is")
+
+
+def shared_folder() -> pathlib.Path:
+  """The folder of reference numbers beside the repository (or $GFN_JAX_SHARED); without it the test is skipped."""
+  folder = pathlib.Path(os.environ.get("GFN_JAX_SHARED", REPOSITORY.parent / "shared"))
+  if not (folder / "golden").is_dir():
+    pytest.skip(f"no reference numbers in {folder}; GFN_JAX_SHARED names their folder")
+  return folder
+
+
+def run_python(code: str, devices: int | None = None, timeout: float = 300, cwd: Any = None) -> str:
+  """Runs a snippet in a fresh interpreter that can import the package and these helpers.
+
+  Args:
+    code: Python source.
+    devices: how many CPU devices JAX is to see; None leaves it at one.
+    timeout: seconds.
+    cwd: working directory; the repository if None.
+
+  Returns:
+    Its stdout. A snippet that fails fails the test, with its stderr in the message.
+  """
+  paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
+  env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "JAX_PLATFORMS": "cpu"}
+  if devices is not None:
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+  done = subprocess.run(
+    [sys.executable, "-c", code], env=env, cwd=cwd or REPOSITORY, capture_output=True, text=True, timeout=timeout
+  )
+  assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+  return done.stdout
+
+
+def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
+  """A byte-level BPE with GPT-2's pre-tokenisation and 69 tokens, in which " -", " 6" and " =" are one token each.
+
+  It spells arithmetic, "Question:", "Answer:" and "The answer is"; it drops any other character.
+  """
+  # Byte-level BPE writes a space as Ġ.
+  vocab, merges = ["<|endoftext|>", *_ALPHABET.replace(" ", "Ġ")], []
+  for word in (w.replace(" ", "Ġ") for w in _WORDS):
+    for end in range(2, len(word) + 1):
+      if word[:end] not in vocab:
+        vocab.append(word[:end])
+        merges.append((word[: end - 1], word[end - 1]))
+  bpe = tokenizers.models.BPE(vocab={token: i for i, token in enumerate(vocab)}, merges=merges)
+  tokenizer = tokenizers.Tokenizer(bpe)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=tokenizer, eos_token="<|endoftext|>", clean_up_tokenization_spaces=False
+  )
+
+
+def tiny_hf_config(family: str = "gptj", **overrides) -> dict:
+  """config.json's fields of a model with 2 layers, 32 channels, 4 heads of 8, and the tiny tokenizer's vocabulary."""
+  config = {
+    "model_type": family,
+    "architectures": [{"gptj": "GPTJForCausalLM", "gpt2": "GPT2LMHeadModel"}[family]],
+    "vocab_size": len(tiny_tokenizer()),
+    "n_embd": 32,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 256,
+    "activation_function": "gelu_new",
+    "tie_word_embeddings": family == "gpt2",
+    "attn_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "resid_pdrop": 0.0,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+  }
+  return config | ({"rotary_dim": 4} if family == "gptj" else {}) | overrides
+
+
+def tiny_pretrained(seed: int = 0, family: str = "gptj", **overrides) -> Pretrained:
+  """A random model in which every parameter matters: kernels and biases of std 0.3, logits of about unit scale.
+
+  Args:
+    seed: of its parameters.
+    family: "gptj" (rotary, untied) or "gpt2" (learned positions, tied).
+    **overrides: fields of config.json, as `n_layer=3`.
+  """
+  config = read_config(tiny_hf_config(family, **overrides))
+  rng = np.random.default_rng(seed)
+  shapes = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+  params = {
+    path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape) + (path[-1] == "scale"), jnp.float32)
+    for path, leaf in sorted(shapes.items())
+  }
+  return Pretrained(config, flax.traverse_util.unflatten_dict(params), tiny_tokenizer(), f"tiny/{family}")
+
+
+def random_lora(pretrained: Pretrained, targets: tuple[str, ...] = (), rank: int = 4, seed: int = 0, **options) -> Lora:
+  """An adapter that changes the model: B is random too.
+
+  Args:
+    pretrained: the model it adapts.
+    targets: Hugging Face module names ("q_proj"); () for every projection.
+    rank: r.
+    seed: of A and B.
+    **options: further fields of `LoraConfig`; alpha is 8 unless given.
+  """
+  model = pretrained.config
+  names = lora_targets(model, targets) if targets else tuple(model.projections())
+  config = LoraConfig(**{"rank": rank, "alpha": 8.0, "targets": names} | options)
+  lora = init_lora(model, config, jax.random.key(seed))
+  leaves, tree = jax.tree.flatten(lora.params)
+  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
+  return lora.replace(params=tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]))
+
+
+def assert_logits(ours, theirs, mask=None, atol=2e-4):
+  """Compares logits [B, N, V] where mask [B, N] is True (None: everywhere)."""
+  keep = np.ones(np.shape(theirs)[:2], bool) if mask is None else np.asarray(mask, bool)
+  np.testing.assert_allclose(np.asarray(ours)[keep], np.asarray(theirs)[keep], rtol=0, atol=atol)
+
+
+def torch_model(hf_config, seed=0):
+  """A transformers model whose every parameter is random and matters."""
+  torch = pytest.importorskip("torch")
+  import transformers
+
+  torch.manual_seed(seed)
+  config = transformers.AutoConfig.for_model(**hf_config)
+  model = transformers.AutoModelForCausalLM.from_config(config).eval()
+  with torch.no_grad():
+    for name, parameter in model.named_parameters():
+      parameter.normal_(0.0, 0.3).add_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+  return model
+
+
+def torch_logits(model, tokens, mask=None):
+  """A transformers model's logits [B, N, V]; positions count the tokens that mask [B, N] keeps."""
+  import torch
+
+  mask = torch.ones(tokens.shape, dtype=torch.long) if mask is None else torch.tensor(mask, dtype=torch.long)
+  positions = (mask.cumsum(-1) - 1).clamp(min=0)
+  with torch.no_grad():
+    return model(input_ids=torch.tensor(tokens), attention_mask=mask, position_ids=positions).logits.numpy()
+
+
+def tokens_and_mask(vocab_size, shape=(3, 13), seed=0):
+  """Random tokens; left pads in all rows but the first."""
+  tokens = np.random.default_rng(seed).integers(0, vocab_size, shape)
+  pads = 4 * np.arange(shape[0])[:, None]
+  return tokens, np.arange(shape[1]) >= pads
