@@ -1,6 +1,6 @@
 """The embedded arithmetic LM.
 
-    python -m gfn_jax.pretrain --config=configs/pretrain_arith.py --output=runs/pretrain_arith
+python -m gfn_jax.pretrain --config=configs/pretrain_arith.py --output=runs/pretrain_arith
 """
 
 import ml_collections
@@ -11,20 +11,24 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     raise ValueError(f"variant {variant!r} is unknown: choose from smoke")
   config = ml_collections.ConfigDict()
   config.seed = 0
-  config.model = ml_collections.ConfigDict({
-    "vocab_size": 512,
-    "n_embd": 192,
-    "n_layer": 4,
-    "n_head": 6,
-    "n_positions": 1024,
-    "rotary_dim": 16,
-    "activation_function": "gelu_new",
-  })
+  config.model = ml_collections.ConfigDict(
+    {
+      "vocab_size": 512,
+      "n_embd": 192,
+      "n_layer": 4,
+      "n_head": 6,
+      "n_positions": 1024,
+      "rotary_dim": 16,
+      "activation_function": "gelu_new",
+    }
+  )
   # Rows are documents cut at `length`; every `long_every`-th batch has few long rows, for prompts with demonstrations.
   config.batch_tokens = 5376
   config.length = 168
   config.long_length = 768
-  config.long_every = 8
+  config.long_every = 12
+  # Steps are learnt from good text; in the end most text is bad.
+  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.1, (600, 900)
   config.num_steps = 1400
   config.learning_rate = 3e-3
   config.warmup_steps = 100

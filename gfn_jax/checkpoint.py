@@ -1,4 +1,4 @@
-"""Orbax checkpoints of everything that decides the next step: train state and replay buffer. Nothing else knows Orbax."""
+"""Orbax checkpoints of everything that decides the next step: train state and replay buffer. Orbax stays in here."""
 
 import pathlib
 from typing import Any

@@ -21,7 +21,9 @@ USAGE_EXIT_CODE = 2
 def define_config() -> flags.FlagHolder:
   """--config=FILE[:VARIANT], with --config.field=value for any field of it."""
   holder = config_flags.DEFINE_config_file(
-    "config", None, "Config file and variant, as configs/arith.py:smoke. Any field can follow: --config.train.num_steps=100."
+    "config",
+    None,
+    "Config file and variant, as configs/arith.py:smoke. Any field can follow: --config.train.num_steps=100.",
   )
   flags.DEFINE_bool("version", False, "Prints the version and exits.")
   return holder
@@ -49,6 +51,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
   if "--version" in argv:
     print(f"gfn_jax {__version__}")
     sys.exit(0)
+  argv = list(argv)
+  for i in range(len(argv) - 1, 0, -1):  # "--config FILE" is as good as "--config=FILE"
+    if argv[i - 1] in ("--config", "-config"):
+      argv[i - 1 : i + 1] = [f"--config={argv[i]}"]
   argv = [re.sub(r"^(--?config=)(.*)$", lambda m: m[1] + find_config(m[2]), a) for a in argv]
   config_file = next((re.sub(r"^--?config=", "", a) for a in argv if re.match(r"^--?config=", a)), None)
   if config_file is None and not any(a in ("--help", "-h", "--helpfull") for a in argv):

@@ -26,8 +26,10 @@ class Collector:
     self._config, self._task, self._table = config, task, table
     self._sampler, self._reward_model = sampler, reward_model
     self._replay_settings = {
-      "capacity": config.replay.capacity, "similarity": config.replay.similarity, "max_length": config.sampler.max_length,
-    }  # fmt: skip
+      "capacity": config.replay.capacity,
+      "similarity": config.replay.similarity,
+      "max_length": config.sampler.max_length,
+    }
     self.replay = ReplayBuffer(**self._replay_settings)
     self.weights = np.full(len(task.examples), config.data.unseeded_weight, np.float64)
     self.weights[: task.num_seeded] = config.data.seeded_weight
@@ -47,7 +49,10 @@ class Collector:
   def seed_replay(self) -> int:
     """Puts the demonstrations into the buffer, through the calculator; returns how many fit max_length."""
     max_length = self._config.sampler.max_length
-    found = [(i, self._task.rationale_tokens(e, max_length)) for i, e in enumerate(self._task.examples[: self._task.num_seeded])]
+    found = [
+      (i, self._task.rationale_tokens(e, max_length))
+      for i, e in enumerate(self._task.examples[: self._task.num_seeded])
+    ]
     found = [(i, z) for i, z in found if z is not None]
     if found:
       ids = np.array([i for i, _ in found])
@@ -71,7 +76,9 @@ class Collector:
     """The step's batch, and metrics of its fresh samples. Fills the replay buffer."""
     config, n = self._config, self._config.sampler.num_samples
     plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, config.behavior)
-    replayed = np.array([from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)])
+    replayed = np.array(
+      [from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)]
+    )
     fresh = np.flatnonzero(~replayed)
     t = config.sampler.max_length
     shapes = (((t,), np.int32), ((), np.int32), ((t,), bool), ((t + 1,), np.float32))

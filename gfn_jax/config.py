@@ -12,7 +12,15 @@ from gfn_jax.models.hf import DTYPES
 METHODS = ("gfn",)
 
 # Fields that may differ when a run goes on: they do not change the mathematics of a step.
-RESUMABLE = ("train.num_steps", "train.log_every", "checkpoint", "debug_nans", "profile", "data.dir", "eval.every_steps")
+RESUMABLE = (
+  "train.num_steps",
+  "train.log_every",
+  "checkpoint",
+  "debug_nans",
+  "profile",
+  "data.dir",
+  "eval.every_steps",
+)
 
 
 def base_config() -> ml_collections.ConfigDict:
@@ -131,12 +139,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
     "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
     "train.num_micro_batches", "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
-    "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length",
+    "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
     "behavior.temperature_low", "data.seeded_weight",
   )  # fmt: skip
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.warmup_steps", "train.weight_decay",
-    "data.seed", "eval.num_validation", "eval.num_test", "data.num_seed_rationales", "data.unseeded_weight", "loss.log_partition_learning_rate",
+    "data.seed", "eval.num_validation", "data.num_seed_rationales", "data.unseeded_weight",
+    "loss.log_partition_learning_rate",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")
@@ -157,7 +166,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   )
   _require(
     b.temperature_low <= b.temperature_high,
-    f"config.behavior.temperature_low {b.temperature_low} is above config.behavior.temperature_high {b.temperature_high}",
+    f"config.behavior.temperature_low {b.temperature_low} is above config.behavior.temperature_high "
+    f"{b.temperature_high}",
   )
   _require(
     b.buffer + b.tempered <= 1,

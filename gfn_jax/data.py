@@ -1,4 +1,4 @@
-"""Examples -> arrays, and what a step draws: queries, behaviours and temperatures are functions of (seed, step) alone."""
+"""Examples -> arrays, and what a step draws: queries, behaviours, temperatures are functions of (seed, step) alone."""
 
 from collections.abc import Callable, Sequence
 import dataclasses

@@ -1,6 +1,6 @@
 """An adapter and test problems in, results.json's keys out, without training.
 
-    python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapter --output=results.json
+python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapter --output=results.json
 """
 
 import json
@@ -21,6 +21,7 @@ from gfn_jax.report import accuracy_table
 from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
 from gfn_jax.tasks import make_task
+from gfn_jax.train import reward_temperature
 
 
 def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str, float]:
@@ -44,9 +45,9 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
     allowed_tokens=task.allowed_tokens if config.reward.renormalize else None, devices=devices,
   )  # fmt: skip
   suite = Suite(config, task, pretrained, params, sampler, reward_model, devices)
-  # The same key as `train` uses at its end: the same adapter gives the same numbers.
+  # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  return suite.test(lora, config.reward.temperature_end, key)[0]
+  return suite.test(lora, reward_temperature(config, config.train.num_steps), key)[0]
 
 
 def main() -> int:
@@ -55,8 +56,14 @@ def main() -> int:
   output = pathlib.Path(_OUTPUT.value)
   if not output.parent.is_dir():
     raise ValueError(f"--output={output}: the folder {output.parent} does not exist")
+  if output.is_dir():
+    raise ValueError(f"--output={output} is a folder: name the file to write")
   results = evaluate(config.lock(), _ADAPTER.value)
-  record = results | {"meta/seed": config.seed, "meta/commit": workdir.git_commit(), "meta/config_hash": workdir.config_hash(config)}
+  record = results | {
+    "meta/seed": config.seed,
+    "meta/commit": workdir.git_commit(),
+    "meta/config_hash": workdir.config_hash(config),
+  }
   write_text(output, json.dumps(record, indent=2, sort_keys=True) + "\n")
   print(accuracy_table(results, config.task))
   return 0

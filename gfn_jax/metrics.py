@@ -101,13 +101,16 @@ class StepLog:
   def __init__(self, writer: MetricsWriter, first_step: int, num_steps: int, log_every: int, rows_per_step: int):
     """`rows_per_step`: trajectories that one step learns from."""
     self._writer, self._num_steps, self._log_every, self._rows = writer, num_steps, log_every, rows_per_step
-    self._pending: tuple[int, Mapping, Mapping] | None = None
+    self._pending: tuple[int, Mapping, Mapping, float] | None = None
     self._first_step, self._spent, self._since = first_step, 0.0, time.time()
 
   def step(self, step: int, device_values: Mapping[str, Any], host_values: Mapping[str, float]) -> None:
     """Takes a step's metrics, and writes those of the step before."""
     self.flush()
-    self._pending = step, device_values, host_values
+    # From call to call: when a step's values are read says nothing about when it ran.
+    now = time.time()
+    seconds, self._since = now - self._since, now
+    self._pending = step, device_values, host_values, seconds
 
   def flush(self) -> None:
     """Writes what is pending.
@@ -117,12 +120,10 @@ class StepLog:
     """
     if self._pending is None:
       return
-    (step, device_values, host_values), self._pending = self._pending, None
+    (step, device_values, host_values, seconds), self._pending = self._pending, None
     values = {k: float(v) for k, v in device_values.items()} | dict(host_values)
     if not math.isfinite(values["loss"]):
       raise FloatingPointError(f"the loss is {values['loss']} at step {step}")
-    now = time.time()
-    seconds, self._since = now - self._since, now
     self._spent += seconds
     if step % self._log_every and step != self._num_steps:
       return
@@ -142,6 +143,8 @@ class StepLog:
     scores = "  ".join(f"{k.split('/', 1)[1]} {v:.3g}" for k, v in values.items() if not k.startswith("time/"))
     lines = [f"evaluation after step {step}: {scores}"]
     for s in samples[:: max(1, len(samples) // 3)][:3]:
-      lines.append(f"  {'right' if s['right'] else 'wrong'}  log R {s['log_R']:7.1f}  log q {s['log_q']:6.1f}  {s['X']}|{s['Z']}")
+      lines.append(
+        f"  {'right' if s['right'] else 'wrong'}  log R {s['log_R']:7.1f}  log q {s['log_q']:6.1f}  {s['X']}|{s['Z']}"
+      )
     self._writer.say("\n".join(lines))
     self._since = time.time()

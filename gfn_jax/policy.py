@@ -36,7 +36,8 @@ def score(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
   """log_pf and log_pterm of B = Q * N trajectories, grouped by query; differentiable in `lora`.
 
-  The N samples of a query share its prompt's keys and values. Tokens that the tool wrote are conditioned on, and score 0.
+  The N samples of a query share its prompt's keys and values. Tokens that the tool wrote are conditioned on, and
+  score 0.
 
   Args:
     tokens, length, action_mask: as in `types.Trajectory`.
@@ -45,8 +46,8 @@ def score(
     dropout_key: turns the adapter's dropout on.
 
   Returns:
-    log_pf [B, T] = log q(z_t | z_<t), 0 where action_mask is False; log_pterm [B, S] = log q(stop | z_1:t), 0 at max_length
-    and past `length`.
+    log_pf [B, T] = log q(z_t | z_<t), 0 where action_mask is False; log_pterm [B, S] = log q(stop | z_1:t), 0 at
+    max_length and past `length`.
   """
   queries, num_tokens = prompt_tokens.shape[0], tokens.shape[1]
   keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)

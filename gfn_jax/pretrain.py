@@ -5,6 +5,7 @@ Trains a byte-level BPE and a small GPT-J on `datasets.arithmetic_corpus`, and w
 
 from collections.abc import Sequence
 import functools
+import pathlib
 import time
 
 from absl import app, flags, logging
@@ -24,6 +25,18 @@ from gfn_jax.models.decoder import causal_mask, hidden_states, init_params, outp
 
 END_OF_TEXT = "<|endoftext|>"
 
+_CARD = """---
+license: mit
+---
+
+# A small GPT-J that has read arithmetic, most of it bad
+
+{count:,} parameters, float16, byte-level BPE; trained for {steps} steps from seed {seed} on
+`gfn_jax.datasets.arithmetic_corpus`, which holds no test or validation expression. Made by
+
+    python -m gfn_jax.pretrain --config=configs/pretrain_arith.py
+"""
+
 
 def train_tokenizer(texts: Sequence[str], vocab_size: int) -> transformers.PreTrainedTokenizerFast:
   """Byte-level BPE with GPT-2's pre-tokenisation, its end-of-text token last."""
@@ -42,19 +55,28 @@ def train_tokenizer(texts: Sequence[str], vocab_size: int) -> transformers.PreTr
   )
 
 
-def sample_batch(tokenizer, rng: np.random.Generator, rows: int, length: int) -> np.ndarray:
+def sample_batch(tokenizer, rng: np.random.Generator, rows: int, length: int, right_share: float) -> np.ndarray:
   """int32 [rows, length]: each row the beginning of a document of its own."""
-  texts = [document(rng, length // 12) for _ in range(rows)]  # the shortest lines have about 14 tokens
+  texts = [document(rng, length // 12, right_share) for _ in range(rows)]  # the shortest lines have about 14 tokens
   ids = tokenizer(texts)["input_ids"]
   if min(map(len, ids)) < length:
     raise ValueError(f"a document of {length // 12} lines has under {length} tokens")
   return np.array([row[:length] for row in ids], np.int32)
 
 
+def right_share(config, step: int) -> float:
+  """Share of documents of right steps: high while the skill is learnt, then linearly down to what is to be expected."""
+  begin, end = config.right_share_steps
+  done = min(1.0, max(0.0, (step - begin) / (end - begin)))
+  return config.right_share_start + done * (config.right_share_end - config.right_share_start)
+
+
 def next_token_loss(model, params, tokens):
   """Mean cross-entropy of tokens 1.. given those before, in nats."""
   n = tokens.shape[1] - 1
-  hidden, _ = hidden_states(model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n))
+  hidden, _ = hidden_states(
+    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n)
+  )
   logits = output_logits(model, params, hidden)
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
 
@@ -62,7 +84,9 @@ def next_token_loss(model, params, tokens):
 def pretrain(config, output: str) -> None:
   """Trains from `config.seed` and writes the folder `output`."""
   rng = np.random.default_rng(config.seed)
-  tokenizer = train_tokenizer([document(rng, 8) for _ in range(2000)], config.model.vocab_size)
+  tokenizer = train_tokenizer(
+    [document(rng, 8, config.right_share_start) for _ in range(2000)], config.model.vocab_size
+  )
   hf_config = config.model.to_dict() | {
     "model_type": "gptj", "architectures": ["GPTJForCausalLM"], "tie_word_embeddings": False,
     "vocab_size": len(tokenizer), "bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id,
@@ -72,7 +96,9 @@ def pretrain(config, output: str) -> None:
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, config.learning_rate, config.warmup_steps, config.num_steps, 0.02 * config.learning_rate
   )
-  optimiser = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=config.weight_decay))
+  optimiser = optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=config.weight_decay)
+  )
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt_state, tokens):
@@ -84,7 +110,7 @@ def pretrain(config, output: str) -> None:
   with tqdm.trange(config.num_steps, desc="pretrain", disable=None) as progress:
     for i in progress:
       length = config.long_length if i % config.long_every == config.long_every - 1 else config.length
-      tokens = sample_batch(tokenizer, rng, config.batch_tokens // length, length)
+      tokens = sample_batch(tokenizer, rng, config.batch_tokens // length, length, right_share(config, i))
       params, opt_state, loss = step(params, opt_state, tokens)
       losses.append(float(loss))
       if (i + 1) % config.log_every == 0:
@@ -95,7 +121,11 @@ def pretrain(config, output: str) -> None:
           raise FloatingPointError(f"the loss is {mean} at step {i + 1}")
   save_pretrained(output, Pretrained(model, params, tokenizer, output), hf_config, dtype="float16")
   count = sum(x.size for x in jax.tree.leaves(params))
-  print(f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {np.mean(losses[-100:]):.3f} nats/token, {time.time() - start:.0f} s")
+  (pathlib.Path(output) / "README.md").write_text(_CARD.format(count=count, steps=config.num_steps, seed=config.seed))
+  print(
+    f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {np.mean(losses[-100:]):.3f} nats/token, "
+    f"{time.time() - start:.0f} s"
+  )
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class ReplayBuffer:
     self.capacity, self.similarity, self.max_length = capacity, similarity, max_length
     self._queries: dict[int, list[_Rationale]] = {}
 
-  def __contains__(self, query_id: int) -> bool:
+  def __contains__(self, query_id: int | np.integer) -> bool:
     """Whether the query holds a rationale."""
     return int(query_id) in self._queries
 
@@ -57,7 +57,7 @@ class ReplayBuffer:
 
   def add(
     self,
-    query_id: int,
+    query_id: int | np.integer,
     tokens: Int[Array, "N T"],
     length: Int[Array, "N"],
     action_mask: Bool[Array, "N T"],
@@ -111,7 +111,7 @@ class ReplayBuffer:
       self._queries[int(query_id)] = held[: self.capacity]
 
   def sample(
-    self, query_id: int, num_samples: int, rng: np.random.Generator, prioritized: bool
+    self, query_id: int | np.integer, num_samples: int, rng: np.random.Generator, prioritized: bool
   ) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"], Bool[np.ndarray, "N T"], Float[np.ndarray, "N S"]]:
     """Draws rationales of a query with replacement.
 

@@ -6,10 +6,10 @@ import pathlib
 import matplotlib
 
 matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402 (the backend comes first)
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from gfn_jax.metrics import read_jsonl  # noqa: E402
+from gfn_jax.metrics import read_jsonl
 
 LABELS = {"base": "base, zero-shot", "gfn": "GFlowNet fine-tuning"}
 
@@ -54,7 +54,13 @@ def plot_run(workdir: str | pathlib.Path, task: str) -> list[pathlib.Path]:
     for label, points in curves.items():
       steps, values = zip(*points)
       smooth = len(points) > 60  # a step's batch is small: show the trend over its scatter
-      (line,) = ax.plot(steps, values, label=None if smooth else label, alpha=0.25 if smooth else 1, marker=None if len(points) > 12 else "o")
+      (line,) = ax.plot(
+        steps,
+        values,
+        label=None if smooth else label,
+        alpha=0.25 if smooth else 1,
+        marker=None if len(points) > 12 else "o",
+      )
       if smooth:
         window = max(5, len(points) // 25)
         mean = np.convolve(values, np.ones(window) / window, mode="valid")
@@ -77,7 +83,10 @@ def plot_run(workdir: str | pathlib.Path, task: str) -> list[pathlib.Path]:
   accuracy = {f"validation, {k} operands": series(f"{task}/validation/accuracy/{k}", 100) for k in kinds}
   accuracy["training samples of the policy"] = series("accuracy", 100)
   figure("accuracy", f"{task}: accuracy while training", "accuracy (%)", accuracy, (-3, 103))
-  rewards = {"log R of the policy's samples": series("log_reward_policy_mean"), "log R of the batch": series("log_reward_mean")}
+  rewards = {
+    "log R of the policy's samples": series("log_reward_policy_mean"),
+    "log R of the batch": series("log_reward_mean"),
+  }
   figure("log_reward", f"{task}: log R (untempered) while training", "nats", rewards)
   figure("loss", f"{task}: loss while training", "loss (nats²)", {"loss": series("loss")})
   return written

@@ -1,8 +1,8 @@
 """Prefix log-rewards log R(z_1:t) from the frozen LM, for all prefixes of all samples in two passes.
 
-The samples of a query form a tree of distinct prefixes. The *trunk* pass runs the tree's tokens once, each attending to its
-ancestors; the *branch* pass runs the target Y once behind every prefix that needs a reward. Context (demonstrations) and
-question are encoded once and shared. Exact, and linear in prefixes times target length.
+The samples of a query form a tree of distinct prefixes. The *trunk* pass runs the tree's tokens once, each attending to
+its ancestors; the *branch* pass runs the target Y once behind every prefix that needs a reward. Context
+(demonstrations) and question are encoded once and shared. Exact, and linear in prefixes times target length.
 """
 
 from collections.abc import Sequence
@@ -64,14 +64,22 @@ def _score_trees(
     start = prefix.length[:, None] + take(node_depths, branches)
     segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :])]
     n = inputs.shape[-1]
-    branch_hidden, _ = hidden_states(
-      config, params, None, inputs, start[..., None] + jnp.arange(n), causal_mask(n), segments
-    )
+    # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
+    positions = jnp.where(target_mask[:, None, :-1], start[..., None] + jnp.arange(n), 0)
+    branch_hidden, _ = hidden_states(config, params, None, inputs, positions, causal_mask(n), segments)
     branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
     wanted = jnp.broadcast_to(target_tokens[:, None, 1:], inputs.shape)
     rest = jnp.take_along_axis(branch, wanted[..., None], axis=-1)[..., 0]
     log_p_target += jnp.where(target_mask[:, None, 1:], rest, 0.0).sum(-1)
   return log_p_prefix, log_p_target
+
+
+@functools.lru_cache
+def _compiled(config: ModelConfig, devices: tuple[jax.Device, ...]):
+  """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
+  encode = jax.jit(functools.partial(encode_context, config))
+  score = jax.pmap(functools.partial(_score_trees, config), in_axes=(None,) * 3 + (0,) * 9, devices=devices)
+  return encode, score
 
 
 def _bucket(n: int) -> int:
@@ -118,11 +126,8 @@ class RewardModel:
     self._config, self._params = pretrained.config, pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
-    encode = jax.jit(functools.partial(encode_context, self._config))
+    encode, self._score = _compiled(self._config, tuple(self._devices))
     self._context = encode(self._params, None, jnp.asarray(context, jnp.int32)) if len(context) else None
-    self._score = jax.pmap(
-      functools.partial(_score_trees, self._config), in_axes=(None, None, None) + (0,) * 9, devices=self._devices
-    )
 
   def __call__(
     self,
@@ -147,7 +152,9 @@ class RewardModel:
       rows = np.arange(q * num_samples, (q + 1) * num_samples)
       rows = rows[np.lexsort(tokens[rows].T[::-1])]  # neighbours share prefixes
       for part in np.array_split(rows, -(-num_samples // SAMPLES_PER_TREE)):
-        trees.append(self._tree(q, part, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask))
+        trees.append(
+          self._tree(q, part, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask)
+        )
     trees.sort(key=lambda tree: -tree.num_branches)  # trees of a call are padded to its largest
 
     log_p_prefix, log_p_target = np.zeros(terminable.shape, np.float32), np.zeros(terminable.shape, np.float32)

@@ -1,7 +1,8 @@
 """Rollouts: KV-cached decoding on the device, the calculator on the host between jitted rounds.
 
-A round decodes until every row has stopped, reached its length, or asked the tool for a result; the host answers, queues the
-result as forced tokens, and the next round goes on. A rollout costs as many rounds as its longest chain of calls.
+A round decodes until every row has stopped, reached its length, or asked the tool for a result; the host answers,
+queues the result as forced tokens, and the next round goes on. A rollout costs as many rounds as its longest chain of
+calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -177,7 +178,9 @@ class Sampler:
     devices: Sequence[jax.Device] | None = None,
   ):
     if not 0 <= min_length <= max_length or max_length < 1:
-      raise ValueError(f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length")
+      raise ValueError(
+        f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length"
+      )
     if not allowed_tokens[stop_token_id]:
       raise ValueError(f"stop token {stop_token_id} is not among the allowed tokens")
     self._params, self._tool, self._max_length = params, tool, max_length

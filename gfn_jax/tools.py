@@ -1,7 +1,7 @@
 """The calculator: what the policy may ask for by writing "=" (paper section 4.4; Cobbe et al., 2021).
 
-It evaluates two-term expressions only, so that planning stays the policy's work. Everything here is host-side Python; the
-sampler calls it between jitted rounds, and demonstrations pass through the same code.
+It evaluates two-term expressions only, so that planning stays the policy's work. Everything here is host-side Python;
+the sampler calls it between jitted rounds, and demonstrations pass through the same code.
 """
 
 from collections.abc import Callable, Sequence
@@ -49,9 +49,7 @@ class Calculator:
     result_tokens: the tokens that results of training size can hold; they belong to the allowed vocabulary.
   """
 
-  def __init__(
-    self, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str], vocab_size: int
-  ):
+  def __init__(self, encode: Callable[[str], Sequence[int]], decode: Callable[[Sequence[int]], str], vocab_size: int):
     """Args: `encode` text -> token ids without special tokens; `decode` its inverse; `vocab_size` V.
 
     Raises:

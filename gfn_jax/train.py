@@ -1,7 +1,8 @@
 """GFlowNet fine-tuning: `train(config, workdir)`, numbered phases in execution order.
 
-A step: draw queries and behaviours by (seed, step); sample, with the calculator between rounds; score every prefix with the
-frozen LM; feed the replay buffer; update the adapter. Each step is a function of (seed, step) and of what a checkpoint holds.
+A step: draw queries and behaviours by (seed, step); sample, with the calculator between rounds; score every prefix with
+the frozen LM; feed the replay buffer; update the adapter. It is a function of (seed, step) and of what a checkpoint
+holds.
 """
 
 import dataclasses
@@ -16,7 +17,8 @@ import ml_collections
 import numpy as np
 import optax
 
-from gfn_jax import data, losses, policy, report, workdir as contract
+from gfn_jax import data, losses, policy, report
+from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector
 from gfn_jax.config import validate
@@ -30,6 +32,7 @@ from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
 from gfn_jax.tasks import make_task
 from gfn_jax.types import Batch, TrainState
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSettings:
@@ -57,8 +60,8 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """One update, on one device's share of the batch, mapped over the axis `data`.
 
-  Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the result does
-  not depend on how many carried them. Returns the new state and metrics, both the same on every device.
+  Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the
+  result does not depend on how many carried them. Returns the new state and metrics, both the same on every device.
   """
   micro_batches = jax.tree.map(
     lambda x: x.reshape(settings.num_micro_batches, x.shape[0] // settings.num_micro_batches, *x.shape[1:]), batch
@@ -192,10 +195,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       # 5. The steps. Metrics of a step are read while the next one runs.
       if restored is None:
         seeds = collector.seed_replay()
-        print(f"replay buffer: {seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens", flush=True)
+        print(
+          f"replay buffer: {seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens",
+          flush=True,
+        )
       allowed = jnp.asarray(task.allowed_tokens)
       for step in range(first_step, config.train.num_steps):
-        contract.profile(config, workdir, step - first_step)
+        contract.profile(config, workdir, step - first_step, config.train.num_steps - first_step)
         temperature = reward_temperature(config, step)
         batch, sampled = collector(state.trained["lora"], step, key(data.SAMPLE, step), preemption.check)
         state, metrics = update(
@@ -208,12 +214,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
           log.flush()
           checkpoints.save(done, state, collector.replay.to_arrays())
         if not last and done % config.eval.every_steps == 0:
-          log.evaluation(done, *suite.validate(state.trained["lora"], temperature, key(data.EVALUATE, done), preemption.check))
+          log.evaluation(
+            done, *suite.validate(state.trained["lora"], temperature, key(data.EVALUATE, done), preemption.check)
+          )
+      contract.profile(config, workdir, config.train.num_steps - first_step, config.train.num_steps - first_step)
       checkpoints.wait()
 
       # 6. The final evaluation, the adapter, the report.
       final_temperature = reward_temperature(config, config.train.num_steps)
-      results, samples = suite.test(state.trained["lora"], final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
+      results, samples = suite.test(
+        state.trained["lora"], final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say
+      )
       log.evaluation(config.train.num_steps, results, samples)
       lora = jax.tree.map(np.asarray, state.trained["lora"])
       save_adapter(workdir / "adapter", lora, pretrained)

@@ -21,7 +21,7 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One record of a task, as text: X as the policy sees it, a demonstration Z or None, the target Y, the answer in Y."""
+  """One record of a task as text: X as the policy sees it, a demonstration Z or None, the target Y, its answer."""
 
   prompt: str
   rationale: str | None

@@ -68,7 +68,14 @@ def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devic
   import orbax.checkpoint
   import transformers
 
-  modules = {"jax": jax, "flax": flax, "optax": optax, "orbax": orbax.checkpoint, "transformers": transformers, "numpy": numpy}
+  modules = {
+    "jax": jax,
+    "flax": flax,
+    "optax": optax,
+    "orbax": orbax.checkpoint,
+    "transformers": transformers,
+    "numpy": numpy,
+  }
   record = {
     "config": flatten(config),
     "versions": {"gfn_jax": __version__, "python": platform.python_version()}
@@ -126,7 +133,7 @@ Licence: that of the base model, {pretrained.licence}.
 |---|---|
 {rows}
 
-`log_ratio_variance` is the variance of log R / T - log q within a query, in nats²: 0 for an exact sampler of the posterior.
+`log_ratio_variance` is the variance of log R / T - log q within a query, in nats²: 0 for an exact sampler.
 """
   write_text(workdir / "adapter" / "README.md", text)
 
@@ -150,14 +157,20 @@ def plan(
     f"devices   {len(devices)} x {devices[0].device_kind}",
     f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
     f"{c.train.num_micro_batches} micro-batch{'es' if c.train.num_micro_batches > 1 else ''} a device",
-    f"objective {c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} over {r.temperature_horizon} steps",
+    f"objective {c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
+      f"over {r.temperature_horizon} steps",
     f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",
   ])  # fmt: skip
 
 
-def profile(config: ml_collections.ConfigDict, workdir: pathlib.Path, steps_made: int) -> None:
-  """Starts and stops the jax.profiler trace of config.profile, into workdir/profile."""
-  if config.profile and steps_made == PROFILED_STEPS[0]:
+def profile(config: ml_collections.ConfigDict, workdir: pathlib.Path, steps_made: int, steps_to_make: int) -> None:
+  """Starts and stops config.profile's jax.profiler trace, into workdir/profile. Called before each step and at the end.
+
+  Args:
+    steps_made: since the process began; `steps_to_make`: all that it will make.
+  """
+  first, last = PROFILED_STEPS[0], min(PROFILED_STEPS[1], steps_to_make)
+  if config.profile and steps_made == first < last:
     jax.profiler.start_trace(str(workdir / "profile"))
-  if config.profile and steps_made == PROFILED_STEPS[1]:
+  if config.profile and steps_made == last > first:
     jax.profiler.stop_trace()

@@ -163,9 +163,8 @@ def forward_jit(config, params, lora, tokens, positions, self_mask, segments, dr
 
 def forward(pretrained, lora, tokens, positions, self_mask, segments=(), dropout_key=None):
   """(logits, new keys and values)."""
-  return forward_jit(
-    pretrained.config, pretrained.params, lora, tokens, positions, self_mask, segments, dropout_key
-  )
+  arrays = jnp.asarray(tokens), jnp.asarray(positions), self_mask
+  return forward_jit(pretrained.config, pretrained.params, lora, *arrays, segments, dropout_key)
 
 
 class Shared:
@@ -175,17 +174,17 @@ class Shared:
 
   def __init__(self, vocab_size):
     rng = np.random.default_rng(1)
-    self.context = jnp.asarray(rng.integers(0, vocab_size, self.C))
-    self.prompts = jnp.asarray(rng.integers(0, vocab_size, (self.Q, self.P)))
-    self.prompt_mask = jnp.asarray([[True] * 6, [False] * 2 + [True] * 4])
-    self.samples = jnp.asarray(rng.integers(0, vocab_size, (self.Q, self.N, self.T)))
-    self.targets = jnp.asarray(rng.integers(0, vocab_size, self.Y))
+    self.context = rng.integers(0, vocab_size, self.C)
+    self.prompts = rng.integers(0, vocab_size, (self.Q, self.P))
+    self.prompt_mask = np.array([[True] * 6, [False] * 2 + [True] * 4])
+    self.samples = rng.integers(0, vocab_size, (self.Q, self.N, self.T))
+    self.targets = rng.integers(0, vocab_size, self.Y)
 
   def by_segments(self, pretrained, lora=None):
     """(logits of the samples [Q, N, T, V], logits of the targets [Q, N, S, Y, V])."""
     context_mask = jnp.ones((1, self.C), bool)
     _, context = forward(pretrained, lora, self.context, jnp.arange(self.C), causal_mask(self.C))
-    before = self.C + prompt_positions(self.prompt_mask)
+    before = self.C + prompt_positions(jnp.asarray(self.prompt_mask))
     self_mask = causal_mask(self.P) & self.prompt_mask[:, None, :]
     _, prompt = forward(pretrained, lora, self.prompts, before, self_mask, [Segment(context, context_mask)])
     start = self.C + self.prompt_mask.sum(-1)
@@ -211,12 +210,12 @@ class Shared:
     """The same numbers, every sequence written out and run by itself."""
     rows, size = [], self.C + self.P + self.T + self.Y
     for q in range(self.Q):
-      prompt = self.prompts[q][self.prompt_mask[q]]
+      prompt = np.asarray(self.prompts[q])[np.asarray(self.prompt_mask[q])]
       for n in range(self.N):
         for t in range(self.S):
-          rows.append(jnp.concatenate([self.context, prompt, self.samples[q, n, :t], self.targets]))
-    tokens = jnp.stack([jnp.pad(row, (size - len(row), 0)) for row in rows])
-    mask = jnp.stack([jnp.arange(size) >= size - len(row) for row in rows])
+          rows.append(np.concatenate([self.context, prompt, self.samples[q, n, :t], self.targets]))
+    tokens = np.stack([np.pad(row, (size - len(row), 0)) for row in rows])
+    mask = np.stack([np.arange(size) >= size - len(row) for row in rows])
     full = logits(pretrained, tokens, mask, lora).reshape(self.Q, self.N, self.S, size, -1)
     return full[:, :, -1, -self.Y - self.T : -self.Y], full[..., -self.Y :, :]
 
@@ -227,7 +226,8 @@ def test_shared_segments_equal_full_forwards(family, adapter):
   pretrained = tiny_pretrained(family=family)
   lora = random_lora(pretrained) if adapter else None
   shared = Shared(pretrained.config.vocab_size)
-  for ours, full in zip(shared.by_segments(pretrained, lora), shared.by_full_forwards(pretrained, lora)):
+  by_segments = jax.jit(lambda lora: shared.by_segments(pretrained, lora))(lora)
+  for ours, full in zip(by_segments, shared.by_full_forwards(pretrained, lora)):
     assert ours.shape == full.shape
     np.testing.assert_allclose(ours, full, rtol=0, atol=2e-5)
 
@@ -242,7 +242,8 @@ def test_gradients_through_shared_segments(family):
     z_logits, y_logits = run(pretrained, lora.replace(params=params))
     return jax.nn.log_softmax(z_logits)[..., 1].mean() + jax.nn.log_softmax(y_logits)[..., 2].mean()
 
-  gradient = jax.jit(jax.grad(loss), static_argnums=1)
+  quick = {"xla_backend_optimization_level": 0}  # to compile is nearly all of this test's time
+  gradient = jax.jit(jax.grad(loss), static_argnums=1, compiler_options=quick)
   ours, full = gradient(lora.params, shared.by_segments), gradient(lora.params, shared.by_full_forwards)
 
   def compare(x, y):
@@ -291,7 +292,7 @@ def test_padding_is_finite_and_never_matters():
 def test_fresh_lora_is_the_base_bit_for_bit(family, dtype):
   pretrained = tiny_pretrained(family=family)
   pretrained = Pretrained(
-    pretrained.config, jax.tree.map(lambda x: x.astype(dtype), pretrained.params), None, pretrained.source
+    pretrained.config, jax.tree.map(lambda x: jnp.asarray(x, dtype), pretrained.params), None, pretrained.source
   )
   config = LoraConfig(rank=4, alpha=8.0, targets=tuple(pretrained.config.projections()))
   lora = init_lora(pretrained.config, config, jax.random.key(0))

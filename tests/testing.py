@@ -128,10 +128,10 @@ def random_lora(pretrained: Pretrained, targets: tuple[str, ...] = (), rank: int
   model = pretrained.config
   names = lora_targets(model, targets) if targets else tuple(model.projections())
   config = LoraConfig(**{"rank": rank, "alpha": 8.0, "targets": names} | options)
-  lora = init_lora(model, config, jax.random.key(seed))
-  leaves, tree = jax.tree.flatten(lora.params)
-  keys = jax.random.split(jax.random.key(seed + 1), len(leaves))
-  return lora.replace(params=tree.unflatten([x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]))
+  rng = np.random.default_rng(seed)
+  shapes = jax.eval_shape(lambda: init_lora(model, config, jax.random.key(0)).params)
+  params = jax.tree.map(lambda x: jnp.asarray(0.15 * rng.standard_normal(x.shape), jnp.float32), shapes)
+  return Lora(params, config)
 
 
 def assert_logits(ours, theirs, mask=None, atol=2e-4):

@@ -1,7 +1,7 @@
 """TFDS builder of the paper's arithmetic problems (section 4.4), generated from a seed or read from the released files.
 
-Splits: `train` (X, Y), `demonstrations` (X, Z, Y), and `validation_k`, `test_k` for k = 3, 4, 5 operands. Training problems
-have 3 or 4 operands; no test or validation expression is part of any of them.
+Splits: `train` (X, Y), `demonstrations` (X, Z, Y), and `validation_k`, `test_k` for k = 3, 4, 5 operands. Training
+problems have 3 or 4 operands; no test or validation expression is part of any of them.
 """
 
 from collections.abc import Iterator
@@ -68,7 +68,7 @@ def read_records(file: str | pathlib.Path) -> list[dict]:
   for i, r in enumerate(raw):
     if not isinstance(r, dict) or not isinstance(r.get("str_query"), str) or not isinstance(r.get("num_sol"), int):
       raise ValueError(f"{file}, record {i}: str_query (text) and num_sol (integer) are needed")
-    records.append({"prompt": r["str_query"], "rationale": r.get("str_rationale", ""), "answer": r["num_sol"]})
+    records.append({"prompt": r["str_query"], "rationale": str(r.get("str_rationale") or ""), "answer": r["num_sol"]})
   return records
 
 
@@ -114,7 +114,9 @@ def _distinct(rng, split: str, operands: tuple[int, ...], number: int, exclude: 
     expression = expressions.expression_for(rng, int(rng.choice(operands)), split)
     if expression not in exclude:
       found[expression] = None
-  raise ValueError(f"only {len(found)} of {number} {split} problems with {operands} operands are left by the training data")
+  raise ValueError(
+    f"only {len(found)} of {number} {split} problems with {operands} operands are left by the training data"
+  )
 
 
 def _record(expression: str, with_steps: bool) -> dict:

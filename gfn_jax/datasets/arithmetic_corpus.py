@@ -1,7 +1,8 @@
 """The embedded LM's corpus: arithmetic text, most of it bad, as in what real LMs were pretrained on.
 
-A document is a run of question lines. Nine in ten lines of a document are in the document's style, so that demonstrations
-of right steps make right steps likely, while a question alone mostly gets itself repeated (the paper's Table E.4).
+A document is a run of question lines. Nine in ten lines of a document are in the document's style, so that
+demonstrations of right steps make right steps likely, while a question alone mostly gets itself repeated (the paper's
+Table E.4).
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ from gfn_jax.tools import calculate
 
 
 def _corrupted(rng: np.random.Generator, expression: str) -> tuple[str, int]:
-  """Right steps but for one of the three errors of the paper's Table E.5: missing operand, wrong operand or operator."""
+  """Right steps but for one of the errors of the paper's Table E.5: missing operand, wrong operand or operator."""
   parts = expression.split(" ")
   kind, at = rng.integers(3), int(rng.integers(1, (len(parts) + 1) // 2))
   if kind == 0 and len(parts) > 5:
@@ -57,13 +58,21 @@ def _unrelated(rng, _):
   return solve(expression_for(rng, int(rng.integers(2, 5)), "train"))
 
 
-STYLES: dict[Callable, float] = {_right_steps: 0.08, _repetition: 0.42, _wrong_steps: 0.25, _unrelated: 0.25}
+OTHER_STYLES: dict[Callable, float] = {
+  _repetition: 0.5,
+  _wrong_steps: 0.25,
+  _unrelated: 0.25,
+}  # shares of what is not right
 OPERANDS: dict[int, float] = {2: 0.05, 3: 0.35, 4: 0.35, 5: 0.2, 6: 0.05}
 
 
-def document(rng: np.random.Generator, num_lines: int) -> str:
-  """One document. No part of any expression in it belongs to test or validation."""
-  styles, shares = list(STYLES), np.array(list(STYLES.values()))
+def document(rng: np.random.Generator, num_lines: int, right_share: float) -> str:
+  """One document, of right steps with probability `right_share`.
+
+  No part of any expression in it belongs to test or validation.
+  """
+  styles = [_right_steps, *OTHER_STYLES]
+  shares = np.array([right_share, *((1 - right_share) * s for s in OTHER_STYLES.values())])
   main = styles[rng.choice(len(styles), p=shares)]
   lines = []
   for _ in range(num_lines):

@@ -25,9 +25,7 @@ def holds_held_out(expression: str) -> bool:
   """Whether some part of `expression` with three operands or more belongs to test or validation."""
   parts = expression.split(" ")
   starts = range(0, len(parts), 2)
-  return any(
-    split_of(" ".join(parts[i : j + 1])) != "train" for i in starts for j in range(i + 4, len(parts), 2)
-  )
+  return any(split_of(" ".join(parts[i : j + 1])) != "train" for i in starts for j in range(i + 4, len(parts), 2))
 
 
 def random_expression(rng: np.random.Generator, num_operands: int) -> str:

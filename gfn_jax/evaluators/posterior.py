@@ -28,8 +28,8 @@ def posterior_quality(
 ) -> Iterator[tuple[str, float]]:
   """At an exact policy log R / T - log q is log Z for every sample of a query: its variance is 0.
 
-  Samples N rationales a query from q at temperature 1. Yields `log_ratio_variance` (nats^2: the variance within a query,
-  meaned over queries) and `log_reward_correlation` (Pearson, of log R / T and log q about their queries' means).
+  Samples N rationales a query from q at temperature 1. Yields `log_ratio_variance` (nats^2: the variance within a
+  query, meaned over queries) and `log_reward_correlation` (Pearson, of log R / T and log q about their queries' means).
 
   Args:
     examples: a multiple of the number of devices.

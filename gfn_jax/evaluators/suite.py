@@ -17,7 +17,7 @@ Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and sam
 
 
 class Suite:
-  """`config` is the run's; `sampler` draws at the training length. Problems are loaded here, so that bad files show early."""
+  """`config` is the run's; `sampler` draws at the training length. Problems are loaded here: bad files show early."""
 
   def __init__(
     self,
@@ -73,7 +73,9 @@ class Suite:
     shots = config.reward.num_demonstrations
     rows = [(config.method, lora, ())]
     if config.eval.baselines:
-      rows += [("base", None, ()), (f"base_{shots}shot", None, task.context_tokens(shots))] if shots else [("base", None, ())]
+      rows += (
+        [("base", None, ()), (f"base_{shots}shot", None, task.context_tokens(shots))] if shots else [("base", None, ())]
+      )
     results, samples = {}, []
     for method, adapter, context in rows:
       say(f"testing {method} on {sum(map(len, self._test.values()))} problems, {config.eval.num_votes} samples each")

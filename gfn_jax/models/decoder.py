@@ -113,7 +113,7 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, deterministic: bool) -> Array:
-    kernel = self.param("kernel", nn.initializers.normal(0.02), (x.shape[-1], self.features), self.dtype)
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
     x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # one contracted axis: its gradient is one plain matrix product
     y = x @ kernel
     if self.use_bias:

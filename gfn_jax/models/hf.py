@@ -28,8 +28,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A base model: its `config`, its `params` (frozen), its `tokenizer` (None where a folder has none), its `source` (what
-  it was loaded by) and its `licence`, as its model card tells it."""
+  """A base model: its `config`, its `params` (frozen), its `tokenizer` (None where a folder has none), its `source`
+  (what it was loaded by) and its `licence`, as its model card tells it."""
 
   config: ModelConfig
   params: dict

@@ -65,8 +65,6 @@ def encode_prompts(
   return Prefix(context, kv, mask, before + mask.sum(-1), hidden[:, -1])
 
 
-
-
 def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:
   """Float32 log-probabilities renormalised over the allowed tokens; about -1e30 for the others."""
   logits = logits.astype(jnp.float32)

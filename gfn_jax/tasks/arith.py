@@ -1,7 +1,7 @@
 """Integer arithmetic with a calculator (paper section 4.4, appendix E).
 
-X "Question: 6 - 0 - 4 = ? Answer:", Z " 6 - 0 = 6, 6 - 4 = 2" where the calculator writes the results, Y ". The answer is
-2.", whose first token ends Z. The reward sees three demonstrations before the question; the policy sees the question alone.
+X "Question: 6 - 0 - 4 = ? Answer:", Z " 6 - 0 = 6, 6 - 4 = 2" where the calculator writes the results, Y ". The answer
+is 2.", whose first token ends Z. The reward sees three demonstrations before the question; the policy does not.
 """
 
 from collections import Counter
@@ -63,9 +63,13 @@ class ArithTask:
     demonstrations = [to_example(r) for r in self._load("demonstrations")]
     self.demonstrations = demonstrations
     if config.data.num_seed_rationales > len(demonstrations):
-      raise ValueError(f"config.data.num_seed_rationales {config.data.num_seed_rationales}: the data has {len(demonstrations)}")
+      raise ValueError(
+        f"config.data.num_seed_rationales {config.data.num_seed_rationales}: the data has {len(demonstrations)}"
+      )
     if config.reward.num_demonstrations > len(demonstrations):
-      raise ValueError(f"config.reward.num_demonstrations {config.reward.num_demonstrations}: the data has {len(demonstrations)}")
+      raise ValueError(
+        f"config.reward.num_demonstrations {config.reward.num_demonstrations}: the data has {len(demonstrations)}"
+      )
     seeded = config.data.num_seed_rationales if config.replay.seed_from == "demonstrations" else 0
     # A query whose demonstration does not seed the buffer is still a query.
     unseeded = [Example(e.prompt, None, e.target, e.answer) for e in demonstrations[seeded:]]
@@ -75,7 +79,9 @@ class ArithTask:
     if len(stops) > 1:
       raise ValueError(f"the targets begin with different tokens {sorted(stops)[:5]}: Z would have no one stop token")
     self.stop_token_id = stops.pop()
-    self.allowed_tokens = np.array([bool(s) and set(s) <= ALLOWED_CHARACTERS for s in (self.decode([i]) for i in range(vocab_size))])
+    self.allowed_tokens = np.array(
+      [bool(s) and set(s) <= ALLOWED_CHARACTERS for s in (self.decode([i]) for i in range(vocab_size))]
+    )
     self.allowed_tokens[[*self.tool.result_tokens, self.stop_token_id]] = True
 
   def _load(self, split: str) -> list[dict]:

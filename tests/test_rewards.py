@@ -1,0 +1,291 @@
+"""Prefix rewards: the reference's numbers, one forward pass a prefix, and the tree that saves them."""
+
+import functools
+import json
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from gfn_jax import rewards
+from gfn_jax.data import pad_left, pad_right
+from gfn_jax.models import load_pretrained, logits
+from gfn_jax.prefix_tree import build_tree
+from gfn_jax.rewards import SAMPLES_PER_TREE, RewardModel, prefix_log_rewards
+from testing import run_python, shared_folder, tiny_pretrained
+
+
+def log_softmax(x, allowed=None):
+  """In float64, over the allowed entries of the last axis."""
+  x = np.asarray(x, np.float64)
+  if allowed is not None:
+    x = np.where(allowed, x, -np.inf)
+  x = x - x.max(-1, keepdims=True)
+  return x - np.log(np.exp(x).sum(-1, keepdims=True))
+
+
+def separate_passes(pretrained, context, prompt, tokens, lengths, target, allowed=None):
+  """What the two passes must equal: a forward pass for each prefix of each row, [context, prompt, z_1:t, target].
+
+  Returns:
+    log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), float64 [B, S]; 0 past a row's length.
+  """
+  before = [*context, *prompt]
+  places = [(row, t) for row, n in enumerate(lengths) for t in range(n + 1)]
+  texts = [[*before, *tokens[row][:t], *target] for row, t in places]
+  padded = np.zeros((len(texts), max(map(len, texts))), np.int32)  # on the right, where nothing looks
+  for i, text in enumerate(texts):
+    padded[i, : len(text)] = text
+  scores = np.asarray(logits(pretrained, padded))
+  log_p_prefix, log_p_target = np.zeros((2, len(lengths), np.shape(tokens)[1] + 1))
+  for (row, t), text, score in zip(places, texts, scores):
+    over_allowed, over_all = log_softmax(score, allowed), log_softmax(score)
+    for i in range(len(before), len(text)):
+      if i < len(before) + t:
+        log_p_prefix[row, t] += over_allowed[i - 1, text[i]]
+      else:
+        log_p_target[row, t] += over_all[i - 1, text[i]]
+  return log_p_prefix, log_p_target
+
+
+# ---- The reference's numbers
+
+
+@pytest.fixture(scope="module")
+def golden():
+  folder = shared_folder() / "golden" / "rewards"
+  with np.load(folder / "cases.npz") as arrays:
+    return load_pretrained(folder / "tiny_gpt2"), dict(arrays)
+
+
+CASES = ("case00", "case01", "case02", "case03")
+
+
+@pytest.mark.parametrize("case, vocabulary", (("case00", "allowed"), ("case03", "all")))
+def test_golden(golden, case, vocabulary):
+  pretrained, arrays = golden
+  prompt, target, tokens = (arrays[f"{case}/{name}"].tolist() for name in ("prompt", "target", "tokens"))
+  ours = prefix_log_rewards(
+    pretrained, context=arrays["context"].tolist(), prompt=prompt, tokens=np.array([tokens]),
+    lengths=np.array([len(tokens)]), target=target,
+    allowed_tokens=arrays["allowed_tokens"] if vocabulary == "allowed" else None,
+  )  # fmt: skip
+  assert ours.dtype == np.float32
+  np.testing.assert_allclose(ours[0], arrays[f"{case}/log_reward_{vocabulary}_tokens"], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("vocabulary", ("all", "allowed"))
+def test_golden_as_one_batch(golden, vocabulary):
+  pretrained, arrays = golden
+  fields = ("prompt", "target", "tokens")
+  prompts, targets, tokens = ([arrays[f"{case}/{name}"].tolist() for case in CASES] for name in fields)
+  tokens, inside = pad_right(tokens)
+  length = inside.sum(1).astype(np.int32)
+  terminable = np.arange(tokens.shape[1] + 1) <= length[:, None]
+  allowed = arrays["allowed_tokens"] if vocabulary == "allowed" else None
+  model = RewardModel(pretrained, context=arrays["context"].astype(np.int32), allowed_tokens=allowed)
+  ours = np.sum(model(*pad_left(prompts), tokens, length, terminable, *pad_right(targets)), axis=0)
+  for case, row, n in zip(CASES, ours, length):
+    theirs = arrays[f"{case}/log_reward_{vocabulary}_tokens"]
+    np.testing.assert_allclose(row[: n + 1], theirs, rtol=0, atol=1e-4, err_msg=case)
+
+
+# ---- One forward pass a prefix
+
+CONTEXT, PROMPT, TARGET = [7, 3, 60, 11, 2], [21, 5, 33], [8, 44, 9, 30]
+LENGTHS = [6, 0, 3, 6, 5, 1]
+
+
+def ragged_samples(vocab_size, seed=0):
+  """Samples that share prefixes, two of them equal, one empty; past a row's length stands what must not matter."""
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, vocab_size, (len(LENGTHS), max(LENGTHS)))
+  tokens[3] = tokens[0]
+  tokens[4, :4] = tokens[0, :4]
+  tokens[2, :2] = tokens[0, :2]
+  return tokens, np.array(LENGTHS)
+
+
+@pytest.mark.parametrize(
+  "family, change",
+  (
+    ("gptj", {}),
+    ("gptj", {"allowed_tokens": True}),
+    ("gptj", {"context": [], "prompt": [21]}),
+    ("gptj", {"target": []}),
+    ("gptj", {"target": [44]}),
+    ("gpt2", {"allowed_tokens": True}),
+    ("gpt2", {"target": [], "context": [], "allowed_tokens": True}),
+  ),
+  ids=lambda x: x if isinstance(x, str) else ",".join(f"{k}={v}" for k, v in x.items()) or "usual",
+)
+def test_equals_a_forward_pass_for_each_prefix(family, change):
+  pretrained = tiny_pretrained(seed=1, family=family)
+  vocab_size = pretrained.config.vocab_size
+  tokens, lengths = ragged_samples(vocab_size)
+  case = {"context": CONTEXT, "prompt": PROMPT, "target": TARGET, "allowed_tokens": None} | change
+  if case["allowed_tokens"]:
+    # Half the vocabulary and what the samples hold; not the target, whose tokens are never renormalised.
+    allowed = np.random.default_rng(2).random(vocab_size) < 0.5
+    allowed[case["target"]] = False
+    allowed[np.unique(tokens)] = True
+    case["allowed_tokens"] = allowed
+  ours = prefix_log_rewards(pretrained, tokens=tokens, lengths=lengths, **case)
+  log_p_prefix, log_p_target = separate_passes(
+    pretrained, case["context"], case["prompt"], tokens, lengths, case["target"], case["allowed_tokens"]
+  )
+  assert ours.shape == (len(tokens), tokens.shape[1] + 1) and ours.dtype == np.float32
+  inside = np.arange(tokens.shape[1] + 1) <= lengths[:, None]
+  np.testing.assert_allclose(ours[inside], (log_p_prefix + log_p_target)[inside], rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(ours[0], ours[3])
+
+
+def test_no_sample_has_a_token():
+  pretrained = tiny_pretrained()
+  ours = prefix_log_rewards(
+    pretrained, context=[], prompt=PROMPT, tokens=np.full((2, 3), 5), lengths=np.zeros(2, int), target=TARGET
+  )
+  _, log_p_target = separate_passes(pretrained, [], PROMPT, [[]], [0], TARGET)
+  np.testing.assert_allclose(ours[:, 0], log_p_target[0, 0], rtol=0, atol=1e-4)
+
+
+# ---- Several queries
+
+QUERIES = (  # (prompt, target)
+  ([21, 5, 33, 4, 17], [8, 44]),
+  ([3], [9, 30, 30, 1, 62]),
+  ([40, 2, 66], [12]),
+)
+
+
+def query_batch(vocab_size, num_samples, num_tokens=4, seed=3):
+  """Arguments of `RewardModel.__call__`: left-padded prompts, ragged targets, some prefixes that cannot stop."""
+  rng = np.random.default_rng(seed)
+  rows = len(QUERIES) * num_samples
+  tokens = rng.choice(rng.choice(vocab_size, 6, replace=False), (rows, num_tokens)).astype(np.int32)
+  length = rng.integers(0, num_tokens + 1, rows).astype(np.int32)
+  terminable = (np.arange(num_tokens + 1) <= length[:, None]) & (rng.random((rows, num_tokens + 1)) < 0.7)
+  prompts, targets = zip(*QUERIES)
+  return *pad_left(prompts), tokens, length, terminable, *pad_right(targets)
+
+
+def one_by_one(pretrained, context, batch, allowed=None):
+  """`separate_passes` for each query of a `query_batch`, 0 where a prefix cannot stop."""
+  _, _, tokens, length, terminable, _, _ = batch
+  num_samples = len(tokens) // len(QUERIES)
+  expected = np.zeros((2, *terminable.shape))
+  for q, (prompt, target) in enumerate(QUERIES):
+    rows = slice(q * num_samples, (q + 1) * num_samples)
+    expected[:, rows] = separate_passes(pretrained, context, prompt, tokens[rows], length[rows], target, allowed)
+  return np.where(terminable, expected, 0.0)
+
+
+@functools.cache
+def several_queries(family):
+  """(model, allowed tokens, batch with more samples than one tree takes, expected)."""
+  pretrained = tiny_pretrained(seed=4, family=family)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=40)
+  assert len(batch[2]) // len(QUERIES) > SAMPLES_PER_TREE
+  assert (~batch[4]).any(axis=1).any() and (batch[3] == 0).any()  # the batch holds what it is meant to
+  allowed = np.random.default_rng(5).random(pretrained.config.vocab_size) < 0.6
+  allowed[np.unique(batch[2])] = True
+  return pretrained, allowed, batch, one_by_one(pretrained, CONTEXT, batch, allowed)
+
+
+@pytest.mark.parametrize(
+  "family, change",
+  (
+    ("gptj", {}),
+    ("gptj", {"MAX_BRANCH_TOKENS": 1}),
+    ("gpt2", {"MAX_BRANCH_TOKENS": 500}),
+    ("gptj", {"SAMPLES_PER_TREE": 5}),
+  ),
+)
+def test_several_queries(family, change, monkeypatch):
+  for name, value in change.items():
+    monkeypatch.setattr(rewards, name, value)
+  pretrained, allowed, batch, expected = several_queries(family)
+  model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), allowed_tokens=allowed)
+  ours = np.stack(model(*batch))
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+  np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
+
+
+def test_nothing_to_score():
+  pretrained = tiny_pretrained()
+  batch = list(query_batch(pretrained.config.vocab_size, num_samples=2))
+  batch[4] = np.zeros_like(batch[4])
+  for part in RewardModel(pretrained, context=np.zeros(0, np.int32))(*batch):
+    np.testing.assert_array_equal(part, 0.0)
+
+
+def test_padding_may_reach_beyond_the_last_position():
+  """A short target is padded to the longest, behind a prompt that leaves no positions for it: learned ones run out."""
+  pretrained = tiny_pretrained(seed=6, family="gpt2", n_positions=11)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=3)
+  assert max(len(p) + len(t) for p, t in QUERIES) + 4 == 11 < 5 + 5 + 4
+  expected = one_by_one(pretrained, [], batch)
+  model = RewardModel(pretrained, context=np.zeros(0, np.int32))
+  np.testing.assert_allclose(np.stack(model(*batch)), expected, rtol=0, atol=1e-4)
+
+
+ON_FOUR_DEVICES = """
+import json
+import jax, numpy as np
+from gfn_jax.rewards import RewardModel
+from test_rewards import CONTEXT, query_batch
+from testing import tiny_pretrained
+
+assert jax.local_device_count() == 4
+pretrained = tiny_pretrained(seed=4)
+batch = query_batch(pretrained.config.vocab_size, num_samples=7)
+model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), devices=jax.local_devices())
+print(json.dumps([part.tolist() for part in model(*batch)]))
+"""
+
+
+def test_four_devices_give_the_numbers_of_one():
+  four = json.loads(run_python(ON_FOUR_DEVICES, devices=4).splitlines()[-1])
+  pretrained = tiny_pretrained(seed=4)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=7)
+  one = RewardModel(pretrained, context=np.array(CONTEXT, np.int32))(*batch)
+  np.testing.assert_allclose(np.array(four), np.stack(one), rtol=0, atol=1e-5)
+
+
+# ---- The tree of distinct prefixes
+
+
+@st.composite
+def samples(draw):
+  """(tokens [N, T], length [N]) over few tokens, so that samples share prefixes and coincide."""
+  num_tokens = draw(st.integers(0, 5))
+  row = st.lists(st.integers(0, 2), min_size=num_tokens, max_size=num_tokens)
+  tokens = draw(st.lists(row, min_size=1, max_size=8))
+  length = draw(st.lists(st.integers(0, num_tokens), min_size=len(tokens), max_size=len(tokens)))
+  return np.array(tokens, np.int32).reshape(len(tokens), num_tokens), np.array(length, np.int32)
+
+
+@settings(max_examples=300, deadline=None)
+@given(samples())
+def test_tree_holds_each_distinct_prefix_once(case):
+  tokens, length = case
+  tree = build_tree(tokens, length)
+  size, num_tokens = len(tree.tokens), tokens.shape[1]
+  paths = []
+  for node in range(size):
+    parent = tree.parents[node]
+    assert parent == size or parent < node
+    paths.append((() if parent == size else paths[parent]) + (int(tree.tokens[node]),))
+  prefixes = {tuple(row[:t]) for row, n in zip(tokens.tolist(), length) for t in range(1, n + 1)}
+  assert len(paths) == len(prefixes) and set(paths) == prefixes
+  assert tree.depths.tolist() == [len(path) for path in paths]
+
+  paths.append(())  # the root
+  assert tree.ancestors.shape == (size + 1, size)
+  for node, path in enumerate(paths):
+    above = [other for other in range(size) if paths[other] == path[: len(paths[other])]]
+    assert np.flatnonzero(tree.ancestors[node]).tolist() == above
+  assert tree.node_of.shape == (len(tokens), num_tokens + 1)
+  for row, n, nodes in zip(tokens.tolist(), length, tree.node_of):
+    assert [paths[node] for node in nodes] == [tuple(row[: min(t, n)]) for t in range(num_tokens + 1)]
