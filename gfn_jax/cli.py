@@ -65,7 +65,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
     rest = flags.FLAGS(list(argv))
     _ = flags.FLAGS["config"].value  # ml_collections runs the file here
   except (flags.Error, ValueError, TypeError, AttributeError, KeyError, SyntaxError, ImportError) as e:
-    fail(e.args[0] if isinstance(e, KeyError) and e.args else e)
+    text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+    if "Traceback (most recent call last)" in text:  # of get_config, in ml_collections' message
+      text = f"{config_file}: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"
+    fail(text)
   if len(rest) > 1:
     fail(f"argument {rest[1]!r} is not a flag")
   return rest

@@ -59,8 +59,8 @@ def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behav
 
 
 def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q P"], Bool[np.ndarray, "Q P"]]:
-  """Token ids and their mask, as prompts are laid out."""
-  width = max(map(len, rows))
+  """Token ids and their mask, as prompts are laid out; P is a multiple of 8, so that like prompts share programs."""
+  width = -(-max(map(len, rows)) // 8) * 8
   tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
     tokens[i, width - len(row) :], mask[i, width - len(row) :] = row, True

@@ -21,8 +21,8 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   temporary.replace(path)
 
 
-def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
-  """Drops lines of steps after `last_step`, and a line that a kill cut short."""
+def truncate_jsonl(path: pathlib.Path, last_step: int, num_steps: int) -> None:
+  """Drops lines of steps after `last_step`, a line that a kill cut short, and the final evaluation: it will be made anew."""
   if not path.exists():
     return
   kept = []
@@ -31,7 +31,8 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
       record = json.loads(line)
     except json.JSONDecodeError:
       continue
-    if record["step"] <= last_step:
+    is_final = record["step"] == num_steps and "loss" not in record
+    if record["step"] <= last_step and not is_final:
       kept.append(line)
   write_text(path, "".join(line + "\n" for line in kept))
 
@@ -48,7 +49,7 @@ class MetricsWriter:
   def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
     """`first_step`: steps already made; what the files hold beyond it is dropped."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-      truncate_jsonl(workdir / name, first_step)
+      truncate_jsonl(workdir / name, first_step, num_steps)
     self._metrics = (workdir / "metrics.jsonl").open("a")
     self._samples = (workdir / "samples.jsonl").open("a")
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)

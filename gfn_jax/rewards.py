@@ -83,8 +83,8 @@ def _compiled(config: ModelConfig, devices: tuple[jax.Device, ...]):
 
 
 def _bucket(n: int) -> int:
-  """The next of 8, 12, 16, 24, 32, 48, ...: a handful of shapes, at most half of them padding."""
-  size = 8
+  """The next of 32, 48, 64, 96, 128, ...: every size is a program to compile."""
+  size = 32
   while size < n:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
   return size
@@ -101,6 +101,10 @@ class _Tree:
   @property
   def num_branches(self) -> int:
     return len(self.arrays["branches"])
+
+  @property
+  def size(self) -> int:
+    return max(len(self.arrays["tokens"]), self.num_branches)
 
 
 class RewardModel:
@@ -155,7 +159,7 @@ class RewardModel:
         trees.append(
           self._tree(q, part, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask)
         )
-    trees.sort(key=lambda tree: -tree.num_branches)  # trees of a call are padded to its largest
+    trees.sort(key=lambda tree: -tree.size)  # trees of a call are padded to its largest
 
     log_p_prefix, log_p_target = np.zeros(terminable.shape, np.float32), np.zeros(terminable.shape, np.float32)
     pending = []
@@ -191,12 +195,12 @@ class RewardModel:
   def _next_chunk(self, trees: list[_Tree]) -> tuple[list[_Tree], list[np.ndarray]]:
     """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
     branch_tokens = max(1, trees[0].arrays["target_tokens"].shape[0] - 1)
-    num_branches = _bucket(trees[0].num_branches)
+    nodes = _bucket(trees[0].size)  # of branches there are as many
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
-    per_device = max(1, limit // (num_branches * branch_tokens))
-    per_device = min(1 << (per_device.bit_length() - 1), -(-len(trees) // len(self._devices)))
+    fitting = max(1, limit // (nodes * branch_tokens))
+    needed = -(-len(trees) // len(self._devices))
+    per_device = min(1 << (fitting.bit_length() - 1), 1 << (needed - 1).bit_length())
     chunk = trees[: per_device * len(self._devices)]
-    nodes = _bucket(max(len(t.arrays["tokens"]) for t in chunk))
 
     def padded(tree):
       a, size = dict(tree.arrays), len(tree.arrays["tokens"])
@@ -207,7 +211,7 @@ class RewardModel:
       ancestors = np.zeros((nodes + 1, nodes), bool)
       ancestors[:size, :size] = a["ancestors"][:-1]
       a["ancestors"] = ancestors
-      a["branches"] = np.pad(move_root(a["branches"]), (0, num_branches - tree.num_branches), constant_values=nodes)
+      a["branches"] = np.pad(move_root(a["branches"]), (0, nodes - tree.num_branches), constant_values=nodes)
       return a
 
     rows = [padded(t) for t in chunk]

@@ -34,13 +34,13 @@ TEMPERATURES = np.array([1.0, 3.0])  # of two queries with the same prompt: the 
 NUM_SAMPLES = 64
 
 
-def learn(loss_name="subtb", *, num_steps=500, min_length=0, with_tool=False, learning_rate=5e-3, subtb_lambda=1.0):
+def learn(loss_name="subtb", *, num_steps=700, min_length=0, with_tool=False, learning_rate=1e-2, subtb_lambda=1.0):
   """Trains an adapter on random rewards.
 
   Returns:
     (the tree scored by the policy that was learned, R / Z of its strings, log Z, metrics of the last step, the state).
   """
-  pretrained = tiny_pretrained(seed=1)
+  pretrained = tiny_pretrained(seed=1, n_layer=3)
   model, params = pretrained.config, pretrained.params
   tool = FakeTool(model.vocab_size) if with_tool else None
   tree = every_z(MAX_LENGTH, tool)
@@ -79,13 +79,14 @@ def learn(loss_name="subtb", *, num_steps=500, min_length=0, with_tool=False, le
       key=jax.random.fold_in(key, step),
     )  # fmt: skip
     assert z.length.min() >= min_length
-    log_r = np.full(z.terminable.shape, np.nan, np.float32)  # unspecified where Z cannot stop
-    for row, string in enumerate(strings(z)):
-      for t in np.flatnonzero(z.terminable[row]):
-        log_r[row, t] = reward_of[string[:t]]  # KeyError: not a string of the tree
+    terminable, zs = z.terminable, strings(z)
+    log_reward_untempered = np.full(terminable.shape, np.nan, np.float32)  # unspecified where Z cannot stop
+    for row, t in np.argwhere(terminable):
+      log_reward_untempered[row, t] = reward_of[zs[row][:t]]  # KeyError: not a string of the tree
     batch = Batch(
-      prompt_tokens, prompt_mask, np.zeros(2, np.int32), z.tokens, z.length, z.action_mask, z.terminable, log_r
-    )
+      prompt_tokens, prompt_mask, np.zeros(2, np.int32), z.tokens, z.length, z.action_mask, terminable,
+      log_reward_untempered,
+    )  # fmt: skip
     state, metrics = update(params, allowed, jnp.float32(1.0), key, state, split(batch, devices))
   log_partition = np.logaddexp.reduce(log_reward)
   learned = scored(pretrained, state.trained["lora"], PROMPT, tree)

@@ -129,7 +129,8 @@ def test_configs_import_the_config_module_alone():
 def test_the_rule_sees_what_it_should_see():
   tree = ast.parse(
     "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n  from gfn_jax.train import train\nelse:\n"
-    "  import gfn_jax.tools\nimport jax\ndef f():\n  from gfn_jax import data, losses\nfrom gfn_jax.models.hf import logits\n"
+    "  import gfn_jax.tools\n"
+    "import jax\ndef f():\n  from gfn_jax import data, losses\nfrom gfn_jax.models.hf import logits\n"
   )
   assert imports_in(tree) == {"tools", "data", "losses", "models.hf"}
   assert violations("losses", {"types", "train"}) == ["train"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from gfn_jax.datasets.expressions import expression_for, line, solve
+from gfn_jax.datasets.expressions import expression_for, holds_held_out, line, solve
 from gfn_jax.tools import calculate
 
 
@@ -37,7 +37,8 @@ def _repetition(rng, expression):
     parts = parts[: 2 * int(rng.integers(1, len(parts) // 2 + 1)) - 1]
   if len(parts) > 1 and rng.random() < 0.15:
     at = 2 * int(rng.integers(len(parts) // 2)) + 1
-    parts[at] = "+" if parts[at] == "-" else "-"
+    other = [*parts[:at], "+" if parts[at] == "-" else "-", *parts[at + 1 :]]
+    parts = parts if holds_held_out(" ".join(other)) else other  # another operator may make a test expression
   _, answer = solve(expression)
   return " ".join(parts), answer if rng.random() < 0.25 else int(rng.integers(-9, 28))
 

@@ -21,6 +21,7 @@ def posterior_quality(
   examples: Sequence[Example],
   max_positions: int,
   *,
+  num_calls: int,
   num_samples: int,
   reward_temperature: float,
   key: jax.Array,
@@ -32,19 +33,23 @@ def posterior_quality(
   query, meaned over queries) and `log_reward_correlation` (Pearson, of log R / T and log q about their queries' means).
 
   Args:
-    examples: a multiple of the number of devices.
+    examples: sampled in `num_calls` equal parts, each a multiple of the number of devices.
   """
+  log_rewards, log_qs = [], []
   table = query_table(examples, task.encode, max_positions, 0)
-  z = sampler(
-    lora, table.prompt_tokens, table.prompt_mask, num_samples=num_samples, temperature=np.ones(len(examples)), key=key,
-    on_round=on_round,
-  )  # fmt: skip
-  whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
-  parts = reward_model(
-    table.prompt_tokens, table.prompt_mask, z.tokens, z.length, whole, table.target_tokens, table.target_mask
-  )
-  log_reward = np.where(whole, parts[0] + parts[1], 0.0).sum(-1) / reward_temperature
-  log_reward, log_q = (x.reshape(len(examples), num_samples) for x in (log_reward, z.log_q))
+  for call, ids in enumerate(np.split(np.arange(len(examples)), num_calls)):
+    queries = table[ids]
+    z = sampler(
+      lora, queries.prompt_tokens, queries.prompt_mask, num_samples=num_samples, temperature=np.ones(len(ids)),
+      key=jax.random.fold_in(key, call), on_round=on_round,
+    )  # fmt: skip
+    whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
+    parts = reward_model(
+      queries.prompt_tokens, queries.prompt_mask, z.tokens, z.length, whole, queries.target_tokens, queries.target_mask
+    )
+    log_rewards.append(np.where(whole, parts[0] + parts[1], 0.0).sum(-1) / reward_temperature)
+    log_qs.append(z.log_q)
+  log_reward, log_q = (np.concatenate(x).reshape(len(examples), num_samples) for x in (log_rewards, log_qs))
   yield "log_ratio_variance", float(np.var(log_reward - log_q, axis=1).mean())
   a, b = (x - x.mean(axis=1, keepdims=True) for x in (log_reward, log_q))
   norm = float(np.sqrt((a**2).sum() * (b**2).sum()))

@@ -11,7 +11,7 @@ from gfn_jax.models import Lora, Pretrained
 from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
 
-POSTERIOR_QUERIES = 16
+POSTERIOR_CALLS = 4  # of the sampler, for the posterior's quality
 
 Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and samples for samples.jsonl
 
@@ -43,11 +43,15 @@ class Suite:
 
   def _posterior(self, lora, reward_temperature, key, on_round) -> Iterator[tuple[str, float]]:
     examples = [e for group in zip(*self._validation.values()) for e in group]
-    number = min(POSTERIOR_QUERIES, len(examples)) // len(self._devices) * len(self._devices)
-    if number:
+    # As many at a time as a training step samples: the same shapes, so nothing new is compiled.
+    train, devices = self._config.train, len(self._devices)
+    at_once = -(-(train.num_queries - round(self._config.behavior.buffer * train.num_queries)) // devices) * devices
+    calls = min(len(examples) // max(1, at_once), POSTERIOR_CALLS)
+    if at_once and calls:
       yield from posterior_quality(
-        lora, self._sampler, self._reward_model, self._task, examples[:number], self._pretrained.config.max_positions,
-        num_samples=self._config.sampler.num_samples, reward_temperature=reward_temperature, key=key, on_round=on_round,
+        lora, self._sampler, self._reward_model, self._task, examples[: calls * at_once],
+        self._pretrained.config.max_positions, num_calls=calls, num_samples=self._config.sampler.num_samples,
+        reward_temperature=reward_temperature, key=key, on_round=on_round,
       )  # fmt: skip
 
   def validate(

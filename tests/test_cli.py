@@ -1,0 +1,172 @@
+"""What a user's slips get: exit code 2 and one line that names the value, from `python -m gfn_jax.main` itself."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from gfn_jax import cli
+from gfn_jax.models import save_pretrained
+from gfn_jax.version import __version__
+from testing import REPOSITORY, run_python, tiny_hf_config, tiny_pretrained
+
+ARITH = "--config=configs/arith.py"
+SMOKE = "--config=configs/arith.py:smoke"
+
+# Most of a process's time goes into imports: made once, then a fork runs each command line as `python -m` would.
+FORKS = """
+import json, os, runpy, sys, tempfile
+import gfn_jax.evaluate, gfn_jax.train, tensorflow_datasets, transformers
+for module in ("gfn_jax.main", "gfn_jax.evaluate"):
+  sys.modules.pop(module, None)
+results = []
+for argv in json.loads(COMMANDS):
+  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    child = os.fork()
+    if not child:
+      os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+      code = 99
+      try:
+        module, sys.argv[1:] = argv[0], argv[1:]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+      except SystemExit as e:
+        code = 0 if e.code is None else e.code
+      except BaseException:
+        import traceback
+        traceback.print_exc()
+      finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    out.seek(0), err.seek(0)
+    results.append([os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()])
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def run_main(*arguments, cwd=None):
+  """`python -m gfn_jax.main` in a process of its own."""
+  env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+  command = [sys.executable, "-m", "gfn_jax.main", *arguments]
+  return subprocess.run(command, env=env, cwd=cwd or REPOSITORY, capture_output=True, text=True, timeout=120)
+
+
+def assert_one_line(code: int, stderr: str, named: list[str]):
+  """Exit code 2; one line on stderr that names the value."""
+  assert code == 2, stderr
+  lines = stderr.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+  assert "Traceback" not in stderr
+  for part in named:
+    assert part in lines[0]
+
+
+def test_version():
+  done = run_main("--version")
+  assert (done.returncode, done.stdout, done.stderr) == (0, f"gfn_jax {__version__}\n", "")
+
+
+def test_no_config():
+  done = run_main()
+  assert_one_line(done.returncode, done.stderr, ["--config is missing", "--config=configs/arith.py"])
+
+
+def test_unknown_variant():
+  done = run_main("--config=configs/arith.py:tiny")
+  assert_one_line(done.returncode, done.stderr, ["'tiny'", "smoke, paper, reference"])
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  """Broken models, files and folders to name on the command line."""
+  folder = tmp_path_factory.mktemp("cli")
+  save_pretrained(folder / "damaged", tiny_pretrained(), tiny_hf_config())
+  weights = folder / "damaged" / "model.safetensors"
+  weights.write_bytes(weights.read_bytes()[:1000])
+  (folder / "hollow").mkdir()
+  (folder / "hollow" / "config.json").write_text(json.dumps(tiny_hf_config()))
+  (folder / "empty").mkdir()
+  (folder / "file").write_text("")
+  (folder / "broken.py").write_text("def get_config(:\n")
+  (folder / "refuses.py").write_text("def get_config():\n  raise ValueError('no such day')\n")
+  (folder / "other").mkdir()
+  (folder / "other" / "config.json").write_text("{}")
+  return folder
+
+
+CASES = {
+  # name: (arguments after the module's name, what the line must hold); {} is the folder above
+  "missing config file": (["--config=configs/nothing.py"], ["'configs/nothing.py'", "does not exist"]),
+  "config file after a space": (["--config", "configs/nothing.py:smoke"], ["'configs/nothing.py'", "does not exist"]),
+  "config file that is no Python": (["--config={}/broken.py"], ["broken.py"]),
+  "config that refuses": (["--config={}/refuses.py"], ["refuses.py: no such day"]),
+  "unknown field": ([ARITH, "--config.train.num_step=3"], ["num_step", 'Did you mean "num_steps"']),
+  "unknown section": ([ARITH, "--config.trian.num_steps=3"], ["trian", "train"]),
+  "value of a wrong type": ([ARITH, "--config.train.num_steps=many"], ["num_steps", "many"]),
+  "unknown flag": ([ARITH, "--workdr=x"], ["workdr"]),
+  "an argument too many": ([ARITH, "configs"], ["'configs'"]),
+  "negative length": ([ARITH, "--config.sampler.max_length=-4"], ["config.sampler.max_length", "-4"]),
+  "lengths the wrong way round": ([ARITH, "--config.sampler.min_length=40"], ["min_length 40", "max_length 24"]),
+  "batch that does not divide": ([ARITH, "--config.train.num_micro_batches=5"], ["num_queries 8", "micro_batches 5"]),
+  "unknown loss": ([ARITH, "--config.loss.name=l2"], ["'l2'", "subtb, tb, vargrad, db"]),
+  "unwritable workdir": ([SMOKE, "--workdir={}/file/run"], ["{}/file/run", "cannot be written", "Not a directory"]),
+  "damaged workdir": ([SMOKE, "--workdir={}/other"], ["{}/other/config.json", "damaged", "--workdir"]),
+  "model that does not exist": ([SMOKE, "--config.model.name={}/no/model"], ["{}/no/model", "no folder"]),
+  "embedded model that does not exist": ([SMOKE, "--config.model.name=embedded/x"], ["'embedded/x'", "choose from"]),
+  "model folder without config": ([SMOKE, "--config.model.name={}/empty"], ["{}/empty", "config.json"]),
+  "model folder without weights": ([SMOKE, "--config.model.name={}/hollow"], ["{}/hollow", "model.safetensors"]),
+  "damaged weights": ([SMOKE, "--config.model.name={}/damaged"], ["{}/damaged/model.safetensors", "damaged"]),
+  "unknown task": ([SMOKE, "--config.task=chess"], ["'chess'", "choose from arith"]),
+  "unknown LoRA target": ([SMOKE, "--config.lora.targets=('q_prj',)"], ["q_prj", "q_proj"]),
+  "data.path without files": ([SMOKE, "--config.data.path={}/empty"], ["{}/empty", "hw_1000.json"]),
+  "missing test_path": ([SMOKE, "--config.data.test_path={}/no.json"], ["{}/no.json", "No such file"]),
+  "evaluate: no adapter there": (["gfn_jax.evaluate", SMOKE, "--adapter={}/empty", "--output={}/r.json"], ["{}/empty"]),
+  "evaluate: output in no folder": (["gfn_jax.evaluate", SMOKE, "--output={}/no/r.json"], ["{}/no", "does not exist"]),
+  "evaluate: output is a folder": (["gfn_jax.evaluate", SMOKE, "--output={}/empty"], ["{}/empty", "is a folder"]),
+}
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+  """Case -> (exit code, stdout, stderr)."""
+  commands = []
+  for arguments, _ in CASES.values():
+    arguments = [a.replace("{}", str(folder)) for a in arguments]
+    module = arguments.pop(0) if arguments[0].startswith("gfn_jax.") else "gfn_jax.main"
+    if module == "gfn_jax.main" and not any(a.startswith("--workdir") for a in arguments):
+      arguments.append(f"--workdir={folder}/run")
+    commands.append([module, *arguments, f"--config.data.dir={folder}/tfds"])
+  out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{FORKS}")
+  return dict(zip(CASES, json.loads(out.rpartition("RESULTS")[2])))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_slip_gets_one_line_and_exit_code_2(case, results, folder):
+  code, _, stderr = results[case]
+  assert_one_line(code, stderr, [part.replace("{}", str(folder)) for part in CASES[case][1]])
+
+
+def test_a_refused_run_leaves_nothing_half_written(results, folder):
+  del results
+  run = folder / "run"
+  assert not [p for p in run.rglob("*") if p.is_file()]
+  assert (folder / "other" / "config.json").read_text() == "{}"
+  assert not (folder / "r.json").exists()
+
+
+def test_find_config_prefers_the_folders_own_file(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  assert cli.find_config("configs/none.py:smoke") == "configs/none.py:smoke"
+  (tmp_path / "configs").mkdir()
+  (tmp_path / "configs" / "arith.py").write_text("")
+  assert cli.find_config("configs/arith.py:smoke") == "configs/arith.py:smoke"
+
+
+def test_fail_prints_one_line_of_whatever_it_is_given(capsys):
+  with pytest.raises(SystemExit) as stopped:
+    cli.fail(ValueError("two\n  lines"))
+  assert stopped.value.code == 2
+  assert re.fullmatch("error: two lines\n", capsys.readouterr().err)
