@@ -64,6 +64,7 @@ def base_config() -> ml_collections.ConfigDict:
       "num_micro_batches": 1,  # per device
       "learning_rate": 1e-3,
       "warmup_steps": 20,
+      "decay_steps": 0,  # the step at which the rate has fallen linearly to 0; 0: it stays
       "weight_decay": 0.01,
       "clip_norm": 1.0,
       "log_every": 1,  # steps
@@ -143,8 +144,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "behavior.temperature_low", "data.seeded_weight",
   )  # fmt: skip
   natural = (
-    "seed", "sampler.min_length", "reward.num_demonstrations", "train.warmup_steps", "train.weight_decay",
-    "data.seed", "eval.num_validation", "data.num_seed_rationales", "data.unseeded_weight",
+    "seed", "sampler.min_length", "reward.num_demonstrations", "train.warmup_steps", "train.decay_steps",
+    "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales", "data.unseeded_weight",
     "loss.log_partition_learning_rate",
   )  # fmt: skip
   for field in positive:

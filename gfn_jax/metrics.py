@@ -22,7 +22,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
 
 
 def truncate_jsonl(path: pathlib.Path, last_step: int, num_steps: int) -> None:
-  """Drops lines of steps after `last_step`, a line that a kill cut short, and the final evaluation: it will be made anew."""
+  """Drops steps after `last_step`, a line that a kill cut short, and the final evaluation, which will be made anew."""
   if not path.exists():
     return
   kept = []

@@ -233,13 +233,20 @@ def prefix_log_rewards(
   """log p(z_1:t, target | context, prompt) of every prefix: nats, untempered.
 
   Args:
-    context: [C] token ids before the prompt (may be empty). prompt: [P]. target: [Y].
+    context, prompt, target: token ids [C], [P], [Y]; each may be empty, but not context and prompt both.
     tokens: right-padded samples; lengths: their tokens.
     allowed_tokens: renormalises the tokens of Z, never those of the target.
 
   Returns:
     float32 [B, S]; entries past a row's length are 0.
+
+  Raises:
+    ValueError: context and prompt are both empty.
   """
+  if len(prompt) == 0:  # then the context's last token predicts the first of Z
+    if len(context) == 0:
+      raise ValueError("context and prompt are both empty: at least one token must stand before Z")
+    context, prompt = context[:-1], context[-1:]
   tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
   model = RewardModel(pretrained, context=np.asarray(context, np.int32), allowed_tokens=allowed_tokens)
   terminable = np.arange(tokens.shape[1] + 1) <= lengths[:, None]

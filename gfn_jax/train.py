@@ -110,9 +110,13 @@ def train_step(
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with linear warm-up and clipping for the adapter; Adam for a learned log_partition."""
+  """AdamW with linear warm-up, perhaps linear decay, and clipping for the adapter; Adam for a learned log_partition."""
   c = config.train
-  rate = optax.linear_schedule(c.learning_rate / max(1, c.warmup_steps), c.learning_rate, max(1, c.warmup_steps))
+  warmup = max(1, c.warmup_steps)
+  rate = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup)
+  if c.decay_steps:
+    decay = optax.linear_schedule(c.learning_rate, 0.0, max(1, c.decay_steps - warmup))
+    rate = optax.join_schedules([rate, decay], [warmup])
   adapter = optax.chain(
     optax.clip_by_global_norm(c.clip_norm), optax.adamw(rate, b1=0.9, b2=0.99, weight_decay=c.weight_decay)
   )

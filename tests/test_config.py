@@ -163,11 +163,11 @@ SHARED_WITH_THE_REFERENCE = {
 
 def test_paper_has_the_numbers_of_table_e2():
   flat = flatten(arith.get_config("paper"))
-  expected = SHARED_WITH_THE_REFERENCE | {"sampler.max_length": 20}
+  expected = SHARED_WITH_THE_REFERENCE | {"sampler.max_length": 20 + 6, "eval.max_length": 20 + 8}
   assert {k: flat[k] for k in expected} == expected
 
 
 def test_reference_has_the_numbers_of_the_authors_code():
   flat = flatten(arith.get_config("reference"))
-  expected = SHARED_WITH_THE_REFERENCE | {"sampler.max_length": 18, "eval.max_length": 21}
+  expected = SHARED_WITH_THE_REFERENCE | {"sampler.max_length": 18 + 6, "eval.max_length": 21 + 8}
   assert {k: flat[k] for k in expected} == expected

@@ -113,7 +113,7 @@ def ragged_samples(vocab_size, seed=0):
     ("gptj", {}),
     ("gptj", {"allowed_tokens": True}),
     ("gptj", {"context": [], "prompt": [21]}),
-    ("gptj", {"target": []}),
+    ("gptj", {"target": [], "prompt": []}),
     ("gptj", {"target": [44]}),
     ("gpt2", {"allowed_tokens": True}),
     ("gpt2", {"target": [], "context": [], "allowed_tokens": True}),
@@ -139,6 +139,13 @@ def test_equals_a_forward_pass_for_each_prefix(family, change):
   inside = np.arange(tokens.shape[1] + 1) <= lengths[:, None]
   np.testing.assert_allclose(ours[inside], (log_p_prefix + log_p_target)[inside], rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours[0], ours[3])
+
+
+def test_something_must_stand_before_z():
+  with pytest.raises(ValueError, match="context and prompt are both empty"):
+    prefix_log_rewards(
+      tiny_pretrained(), context=[], prompt=[], tokens=np.zeros((1, 2), int), lengths=np.array([2]), target=TARGET
+    )
 
 
 def test_no_sample_has_a_token():

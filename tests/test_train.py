@@ -19,7 +19,7 @@ import pytest
 
 from gfn_jax import cli
 from gfn_jax.datasets.expressions import question, split_of
-from gfn_jax.metrics import StepLog, read_jsonl
+from gfn_jax.metrics import MetricsWriter, StepLog, read_jsonl
 from gfn_jax.models import load_adapter, load_pretrained
 from testing import REPOSITORY, run_python
 
@@ -34,6 +34,9 @@ STEP_KEYS = {
 TIMES = {"trajectories_per_second", "step_seconds"}
 NUM_STEPS = 4
 
+# Seconds of compilation for milliseconds of computation would be a bad trade.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
@@ -47,8 +50,7 @@ def environment(runs):
     "JAX_PLATFORMS": "cpu",
     "JAX_COMPILATION_CACHE_DIR": str(runs / "cache"),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-    # Seconds of compilation for milliseconds of computation would be a bad trade.
-    "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+    "XLA_FLAGS": QUICK_COMPILATION,
   }
 
 
@@ -387,8 +389,11 @@ def test_profile_writes_a_trace(other_losses):
   assert not (other_losses / "db" / "profile").exists()
 
 
-TRAIN_STEP = """
-import functools, json
+TRAIN_STEP = f"""
+import os
+os.environ["XLA_FLAGS"] += " {QUICK_COMPILATION}"
+""" + """
+import functools
 import jax, jax.numpy as jnp, numpy as np, optax
 from testing import random_lora, tiny_pretrained
 from gfn_jax.parallel import place, split
@@ -416,10 +421,11 @@ keep = optax.GradientTransformation(
   lambda gradient, state, trained: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )
 trained = {"lora": random_lora(pretrained), "log_partition": jnp.arange(Q, dtype=jnp.float32)}
-for loss in ("subtb", "tb", "vargrad", "db"):
+layouts = {"subtb": ((1, 1), (1, 4), (4, 1)), "tb": ((1, 1), (4, 2))}  # (devices, micro-batches)
+for loss in layouts:
   mine = trained if loss == "tb" else {"lora": trained["lora"]}
   results = []
-  for num_devices, micro_batches in ((1, 1), (1, 2), (1, 8), (4, 1), (4, 2)):
+  for num_devices, micro_batches in layouts[loss]:
     devices = jax.devices()[:num_devices]
     settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False)
     step = jax.pmap(
@@ -447,11 +453,11 @@ for loss in ("subtb", "tb", "vargrad", "db"):
 
 def test_devices_and_micro_batches_do_not_change_the_step():
   out = run_python(TRAIN_STEP, devices=4)
-  assert [line.split()[0] for line in out.splitlines()] == ["subtb", "tb", "vargrad", "db"]
+  assert [line.split()[0] for line in out.splitlines()] == ["subtb", "tb"]
 
 
-class RecordingWriter:
-  """A MetricsWriter that keeps what it is told."""
+class RecordingWriter(MetricsWriter):
+  """Keeps what it is told, and writes nothing."""
 
   def __init__(self):
     self.written, self.shown = [], []
