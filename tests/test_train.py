@@ -136,7 +136,10 @@ def test_metrics_jsonl_has_a_line_a_step(smoke):
     assert r["loss"] >= 0 and r["log_pf_mean"] < 0 and r["log_reward_mean"] < 0
   assert any("accuracy" in r for r in steps)
   assert [r["replayed_queries"] for r in steps] == [1.0] * NUM_STEPS  # every query has a demonstration to replay
-  assert [r["reward_temperature"] for r in steps] == pytest.approx([1.1, 1.097, 1.094, 1.091])
+  fields = json.loads((smoke[0] / "config.json").read_text())["config"]
+  start, end, horizon = (fields[f"reward.temperature_{name}"] for name in ("start", "end", "horizon"))
+  expected = [start + (end - start) * step / horizon for step in range(NUM_STEPS)]
+  assert horizon > NUM_STEPS and [r["reward_temperature"] for r in steps] == pytest.approx(expected)
   (validation,) = [r for r in records if "loss" not in r and r["step"] == 2]
   assert {f"arith/validation/accuracy/{k}" for k in KINDS} <= validation.keys()
   (final,) = [r for r in records if "loss" not in r and r["step"] == NUM_STEPS]
