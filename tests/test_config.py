@@ -9,8 +9,9 @@ from gfn_jax.config import RESUMABLE, base_config, first_difference, flatten, va
 
 
 def config_with(**fields):
-  """The main job's config with "a__b" = value set."""
-  config = arith.get_config()
+  """The defaults, with "a__b" = value set."""
+  config = base_config()
+  config.sampler.min_length, config.sampler.max_length = 5, 24
   for field, value in fields.items():
     *path, leaf = field.split("__")
     node = config
