@@ -44,7 +44,7 @@ BAD_FIELDS = [
   ({"behavior__buffer": 1.25}, 1, ["config.behavior.buffer", "1.25", "between 0 and 1"]),
   ({"behavior__tempered": -0.5}, 1, ["config.behavior.tempered", "-0.5"]),
   ({"behavior__buffer": 0.6}, 1, ["config.behavior.buffer 0.6", "config.behavior.tempered 0.5", "above 1"]),
-  ({"behavior__temperature_low": 3.0}, 1, ["temperature_low 3.0", "temperature_high 2.0"]),
+  ({"behavior__temperature_low": 3.0}, 1, ["temperature_low 3.0", "temperature_high"]),
   ({"behavior__temperature_low": 0.0}, 1, ["config.behavior.temperature_low", "0.0"]),
   ({"reward__temperature_start": 0.0}, 1, ["config.reward.temperature_start", "0.0"]),
   ({"reward__temperature_end": -1.0}, 1, ["config.reward.temperature_end", "-1.0"]),

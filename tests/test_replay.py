@@ -1,7 +1,6 @@
 """The replay buffer: what it keeps, what it draws, and that a restored one goes on exactly."""
 
 import math
-import time
 
 import numpy as np
 import pytest
@@ -267,19 +266,3 @@ def test_rows_that_do_not_fit_are_refused():
   with pytest.raises(ValueError, match="shapes"):
     buffer.add(0, tokens, length, action_mask, log_reward[:, :-1])
   assert len(buffer) == 0
-
-
-def test_a_steps_rollouts_are_added_in_milliseconds():
-  rng = np.random.default_rng(0)
-  buffer = ReplayBuffer(capacity=50, similarity=0.25, max_length=21)
-  seconds = []
-  for _ in range(40):  # of one step: 8 queries x 16 samples
-    tokens, length = rng.integers(0, 40, (128, 21)), rng.integers(5, 22, 128)
-    log_reward = rng.normal(-30.0, 5.0, (128, 22)).astype(np.float32)
-    start = time.perf_counter()
-    for query_id in range(8):
-      part = slice(16 * query_id, 16 * query_id + 16)
-      buffer.add(query_id, tokens[part], length[part], np.ones((16, 21), bool), log_reward[part])
-    seconds.append(time.perf_counter() - start)
-  assert len(buffer) == 8 * 50
-  assert np.median(seconds) < 0.03, seconds  # about 4 ms on an idle core; comparing lists in Python takes seconds
