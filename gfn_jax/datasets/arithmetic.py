@@ -1,7 +1,8 @@
 """TFDS builder of the paper's arithmetic problems (section 4.4), generated from a seed or read from the released files.
 
 Splits: `train` (X, Y), `demonstrations` (X, Z, Y), and `validation_k`, `test_k` for k = 3, 4, 5 operands. Training
-problems have 3 or 4 operands; no test or validation expression is part of any of them.
+problems have 3 or 4 operands. No test or validation expression is part of a generated one; of the released ones it is
+different as a whole.
 """
 
 from collections.abc import Iterator
