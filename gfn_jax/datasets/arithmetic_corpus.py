@@ -6,6 +6,7 @@ Table E.4).
 """
 
 from collections.abc import Callable
+import re
 
 import numpy as np
 
@@ -30,6 +31,10 @@ def _right_steps(rng, expression):
   return _corrupted(rng, expression) if rng.random() < 0.15 else solve(expression)
 
 
+def _any_answer(rng):
+  return int(rng.integers(-9, 28))
+
+
 def _repetition(rng, expression):
   """The question again, sometimes cut short or with another operator; the answer is right one time in four."""
   parts = expression.split(" ")
@@ -40,7 +45,7 @@ def _repetition(rng, expression):
     other = [*parts[:at], "+" if parts[at] == "-" else "-", *parts[at + 1 :]]
     parts = parts if holds_held_out(" ".join(other)) else other  # another operator may make a test expression
   _, answer = solve(expression)
-  return " ".join(parts), answer if rng.random() < 0.25 else int(rng.integers(-9, 28))
+  return " ".join(parts), answer if rng.random() < 0.25 else _any_answer(rng)
 
 
 def _wrong_steps(rng, expression):
@@ -64,7 +69,18 @@ OTHER_STYLES: dict[Callable, float] = {
   _wrong_steps: 0.25,
   _unrelated: 0.25,
 }  # shares of what is not right
-OPERANDS: dict[int, float] = {2: 0.05, 3: 0.35, 4: 0.35, 5: 0.2, 6: 0.05}
+OPERANDS: dict[int, float] = {2: 0.05, 3: 0.3, 4: 0.3, 5: 0.25, 6: 0.1}
+BROKEN_OFF = 0.1  # share of lines that leave their rationale unfinished
+
+
+def _broken_off(rng: np.random.Generator, rationale: str, answer: int) -> tuple[str, int]:
+  """A rationale that stops anywhere, the answer right one time in four.
+
+  Without such lines an answer after an unfinished rationale is a thing the LM has never seen, and what it thinks of it
+  is noise of many nats, which is then the reward of every prefix.
+  """
+  words = re.findall(r" ?[^ ,]+|,", rationale)
+  return "".join(words[: int(rng.integers(1, len(words) + 1))]), answer if rng.random() < 0.25 else _any_answer(rng)
 
 
 def document(rng: np.random.Generator, num_lines: int, right_share: float) -> str:
@@ -79,5 +95,8 @@ def document(rng: np.random.Generator, num_lines: int, right_share: float) -> st
   for _ in range(num_lines):
     style = main if rng.random() < 0.9 else styles[rng.choice(len(styles), p=shares)]
     expression = expression_for(rng, int(rng.choice(list(OPERANDS), p=list(OPERANDS.values()))), "train")
-    lines.append(line(expression, *style(rng, expression)))
+    rationale, answer = style(rng, expression)
+    if rng.random() < BROKEN_OFF:
+      rationale, answer = _broken_off(rng, rationale, answer)
+    lines.append(line(expression, rationale, answer))
   return "\n".join(lines) + "\n"
