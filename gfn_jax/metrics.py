@@ -21,8 +21,9 @@ def write_text(path: str | os.PathLike, text: str) -> None:
   temporary.replace(path)
 
 
-def truncate_jsonl(path: pathlib.Path, last_step: int, num_steps: int) -> None:
-  """Drops steps after `last_step`, a line that a kill cut short, and the final evaluation, which will be made anew."""
+def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
+  """Drops what a run that goes on after `last_step` will write anew: later steps, an evaluation of that very state, and
+  a line that a kill cut short."""
   if not path.exists():
     return
   kept = []
@@ -31,8 +32,7 @@ def truncate_jsonl(path: pathlib.Path, last_step: int, num_steps: int) -> None:
       record = json.loads(line)
     except json.JSONDecodeError:
       continue
-    is_final = record["step"] == num_steps and "loss" not in record
-    if record["step"] <= last_step and not is_final:
+    if record["step"] < last_step or (record["step"] == last_step and "loss" in record):
       kept.append(line)
   write_text(path, "".join(line + "\n" for line in kept))
 
@@ -49,7 +49,7 @@ class MetricsWriter:
   def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
     """`first_step`: steps already made; what the files hold beyond it is dropped."""
     for name in ("metrics.jsonl", "samples.jsonl"):
-      truncate_jsonl(workdir / name, first_step, num_steps)
+      truncate_jsonl(workdir / name, first_step)
     self._metrics = (workdir / "metrics.jsonl").open("a")
     self._samples = (workdir / "samples.jsonl").open("a")
     self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)

@@ -147,6 +147,20 @@ def decode_round(
   return jax.lax.while_loop(lambda s: s.active.any(), step, state)
 
 
+@functools.lru_cache
+def _compiled(
+  config: ModelConfig, stop_token_id: int, min_length: int, max_length: int, devices: tuple[jax.Device, ...]
+):
+  """`encode_context`, `start` and `decode_round`, compiled once a shape however many samplers a process makes."""
+  encode = jax.jit(functools.partial(encode_context, config))
+  begin = jax.pmap(functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=devices)
+  decode = jax.pmap(
+    functools.partial(decode_round, config, stop_token_id, min_length), in_axes=(None,) * 4 + (0,) * 3,
+    devices=devices, donate_argnums=(6,),
+  )  # fmt: skip
+  return encode, begin, decode
+
+
 class Sampler:
   """Draws trajectories from a policy.
 
@@ -188,14 +202,9 @@ class Sampler:
     is_call = np.zeros(allowed_tokens.shape, bool) if tool is None else tool.is_call
     self._masks = jnp.asarray(allowed_tokens), jnp.asarray(is_call)
     self._context_tokens = jnp.asarray(np.asarray(context, np.int32))
-    self._encode_context = jax.jit(functools.partial(encode_context, config))
-    self._start = jax.pmap(
-      functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=self.devices
+    self._encode_context, self._start, self._decode = _compiled(
+      config, stop_token_id, min_length, max_length, tuple(self.devices)
     )
-    self._decode = jax.pmap(
-      functools.partial(decode_round, config, stop_token_id, min_length), in_axes=(None,) * 4 + (0,) * 3,
-      devices=self.devices, donate_argnums=(6,),
-    )  # fmt: skip
 
   def __call__(
     self,

@@ -22,15 +22,13 @@ from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector
 from gfn_jax.config import validate
-from gfn_jax.evaluators.suite import Suite
+from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, StepLog
-from gfn_jax.models import LoraConfig, init_lora, load_pretrained, save_adapter
+from gfn_jax.models import LoraConfig, init_lora, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
 from gfn_jax.parallel import DATA_AXIS, place, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
-from gfn_jax.rewards import RewardModel
-from gfn_jax.sampler import Sampler
-from gfn_jax.tasks import make_task
+from gfn_jax.profiler import StepProfiler
 from gfn_jax.types import Batch, TrainState
 
 
@@ -146,28 +144,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     print(f"{workdir}: finished already ({config.train.num_steps} steps); results in {workdir / 'results.json'}")
     return 0
 
-  # 2. The base model, its adapter, the task.
-  pretrained = load_pretrained(config.model.name, config.model.dtype)
-  model, params = pretrained.config, place(pretrained.params, devices)
-  task = make_task(config, pretrained.tokenizer, model.vocab_size)
+  # 2. The base model, the task, sampler, rewards and evaluations.
+  experiment = build(config, devices)
+  pretrained, params, task, suite = experiment.pretrained, experiment.params, experiment.task, experiment.suite
+  model = pretrained.config
+
+  # 3. Adapter, buffer, optimiser, state.
   lora_config = LoraConfig(
     config.lora.rank, config.lora.alpha, lora_targets(model, tuple(config.lora.targets)), config.lora.dropout
   )
   key = functools.partial(data.step_key, config.seed)
-  context = task.context_tokens(config.reward.num_demonstrations)
-  table = data.query_table(task.examples, task.encode, model.max_positions, len(context) + config.sampler.max_length)
-
-  # 3. Sampler, rewards, buffer, optimiser, state.
-  sampler = Sampler(
-    model, params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id, tool=task.tool,
-    max_length=config.sampler.max_length, min_length=config.sampler.min_length, devices=devices,
-  )  # fmt: skip
-  reward_model = RewardModel(
-    pretrained, params=params, context=np.array(context, np.int32), devices=devices,
-    allowed_tokens=task.allowed_tokens if config.reward.renormalize else None,
-  )  # fmt: skip
-  collector = Collector(config, task, table, sampler, reward_model)
-  suite = Suite(config, task, pretrained, params, sampler, reward_model, devices)
+  reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
+  table = data.query_table(task.examples, task.encode, model.max_positions, reserved)
+  collector = Collector(config, task, table, experiment.sampler, experiment.reward_model)
   trained: dict[str, Any] = {"lora": init_lora(model, lora_config, key(data.INIT, 0))}
   if config.loss.name == "tb":
     trained["log_partition"] = jnp.zeros(len(task.examples))
@@ -193,7 +182,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   print(contract.plan(config, pretrained, trained, devices, first_step, workdir), flush=True)
 
   rows_per_step = config.train.num_queries * config.sampler.num_samples
-  with Preemption() as preemption, MetricsWriter(workdir, first_step, config.train.num_steps) as writer:
+  with (
+    Preemption() as preemption,
+    MetricsWriter(workdir, first_step, config.train.num_steps) as writer,
+    StepProfiler(config.profile, workdir / "profile") as profiler,
+  ):
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
     try:
       # 5. The steps. Metrics of a step are read while the next one runs.
@@ -205,23 +198,23 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         )
       allowed = jnp.asarray(task.allowed_tokens)
       for step in range(first_step, config.train.num_steps):
-        contract.profile(config, workdir, step - first_step, config.train.num_steps - first_step)
         temperature = reward_temperature(config, step)
+        if step and step % config.eval.every_steps == 0:  # of the state that a checkpoint of this step holds
+          values, samples = suite.validate(
+            state.trained["lora"], temperature, key(data.EVALUATE, step), preemption.check
+          )
+          log.evaluation(step, values, samples)
+        profiler.before_step()
         batch, sampled = collector(state.trained["lora"], step, key(data.SAMPLE, step), preemption.check)
         state, metrics = update(
           params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, split(batch, devices)
         )
         done = step + 1
         log.step(done, metrics, sampled | {"reward_temperature": temperature})
-        last = done == config.train.num_steps
-        if last or done % config.checkpoint.every_steps == 0:
+        if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:
           log.flush()
           checkpoints.save(done, state, collector.replay.to_arrays())
-        if not last and done % config.eval.every_steps == 0:
-          log.evaluation(
-            done, *suite.validate(state.trained["lora"], temperature, key(data.EVALUATE, done), preemption.check)
-          )
-      contract.profile(config, workdir, config.train.num_steps - first_step, config.train.num_steps - first_step)
+      profiler.stop()
       checkpoints.wait()
 
       # 6. The final evaluation, the adapter, the report.

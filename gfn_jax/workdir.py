@@ -17,8 +17,6 @@ from gfn_jax.metrics import write_text
 from gfn_jax.models import Pretrained
 from gfn_jax.version import __version__
 
-PROFILED_STEPS = (2, 5)  # from and to, counted from the run's start: past the compilations
-
 
 def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
   """Makes the folder, or checks that it holds a run of this config.
@@ -161,16 +159,3 @@ def plan(
       f"over {r.temperature_horizon} steps",
     f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",
   ])  # fmt: skip
-
-
-def profile(config: ml_collections.ConfigDict, workdir: pathlib.Path, steps_made: int, steps_to_make: int) -> None:
-  """Starts and stops config.profile's jax.profiler trace, into workdir/profile. Called before each step and at the end.
-
-  Args:
-    steps_made: since the process began; `steps_to_make`: all that it will make.
-  """
-  first, last = PROFILED_STEPS[0], min(PROFILED_STEPS[1], steps_to_make)
-  if config.profile and steps_made == first < last:
-    jax.profiler.start_trace(str(workdir / "profile"))
-  if config.profile and steps_made == last > first:
-    jax.profiler.stop_trace()

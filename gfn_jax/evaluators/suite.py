@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gfn_jax.evaluators.accuracy import Accuracy
 from gfn_jax.evaluators.posterior import posterior_quality
@@ -77,9 +78,8 @@ class Suite:
     shots = config.reward.num_demonstrations
     rows = [(config.method, lora, ())]
     if config.eval.baselines:
-      rows += (
-        [("base", None, ()), (f"base_{shots}shot", None, task.context_tokens(shots))] if shots else [("base", None, ())]
-      )
+      off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
+      rows += [("base", off, ())] + ([(f"base_{shots}shot", off, task.context_tokens(shots))] if shots else [])
     results, samples = {}, []
     for method, adapter, context in rows:
       say(f"testing {method} on {sum(map(len, self._test.values()))} problems, {config.eval.num_votes} samples each")

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+import flax.linen as nn
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -63,7 +65,13 @@ class Architecture:
   required: Mapping[str, tuple[Any, ...]]
 
 
-ACTIVATIONS = ("gelu_new", "gelu_pytorch_tanh", "gelu", "relu", "silu")
+ACTIVATIONS = {
+  "gelu_new": lambda x: nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+  "gelu": lambda x: nn.gelu(x, approximate=False),
+  "relu": nn.relu,
+  "silu": nn.silu,
+}
 
 
 def _gptj_config(c: Mapping[str, Any]) -> ModelConfig:
@@ -129,7 +137,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     required={
       "scale_attn_weights": (True,),
       "tie_word_embeddings": (False,),
-      "activation_function": ACTIVATIONS,
+      "activation_function": tuple(ACTIVATIONS),
     },
   ),
   "gpt2": Architecture(
@@ -151,7 +159,7 @@ ARCHITECTURES: dict[str, Architecture] = {
       "scale_attn_weights": (True,),
       "scale_attn_by_inverse_layer_idx": (False,),
       "add_cross_attention": (False,),
-      "activation_function": ACTIVATIONS,
+      "activation_function": tuple(ACTIVATIONS),
     },
   ),
 }

@@ -15,16 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.models.architectures import ACTIVATIONS, ModelConfig
 from gfn_jax.models.lora import Lora, LoraConfig
-
-ACTIVATIONS = {
-  "gelu_new": lambda x: nn.gelu(x, approximate=True),
-  "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
-  "gelu": lambda x: nn.gelu(x, approximate=False),
-  "relu": nn.relu,
-  "silu": nn.silu,
-}
 
 _MASKED = -1e30  # finite, so that a fully masked row (padding) gives no NaN
 
