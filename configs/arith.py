@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
   if variant in ("paper", "reference"):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
     config.lora.rank, config.lora.alpha, config.lora.dropout = 64, 16.0, 0.1
-    config.train.num_queries, config.train.num_micro_batches, config.train.num_steps = 32, 32, 1000
+    config.train.num_queries, config.train.micro_batch_queries, config.train.num_steps = 32, 1, 1000
     config.train.learning_rate, config.train.decay_steps = 1e-4, 0
     # Table E.2's "P_F temperature 2 to 0.5" is the range of the tempered behaviour policy (section 3.3).
     config.behavior.temperature_low, config.behavior.temperature_high = 0.5, 2.0

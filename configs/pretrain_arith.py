@@ -24,12 +24,12 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   )
   # Rows are documents cut at `length`; every `long_every`-th batch has few long rows, for prompts with demonstrations.
   config.batch_tokens = 5376
-  config.length = 168
+  config.length = 224
   config.long_length = 768
-  config.long_every = 12
+  config.long_every = 10
   # Steps are learnt from good text; in the end most text is bad.
-  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.1, (600, 900)
-  config.num_steps = 1400
+  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.08, (800, 1200)
+  config.num_steps = 2000
   config.learning_rate = 3e-3
   config.warmup_steps = 100
   config.weight_decay = 0.01

@@ -15,7 +15,8 @@ class Checkpoints:
   def __init__(self, folder: str | pathlib.Path, keep: int):
     """`keep`: how many of the newest to keep."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    self._manager = ocp.CheckpointManager(pathlib.Path(folder).absolute(), options=options)
+    self._folder = pathlib.Path(folder).absolute()
+    self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def save(self, step: int, state: Any, replay: dict[str, np.ndarray]) -> None:
     """Starts to save; returns once the values have been copied. A step that stands already is left alone."""
@@ -35,9 +36,14 @@ class Checkpoints:
     Args:
       like: a state with the structure, shapes and dtypes to expect.
 
-    A damaged checkpoint is deleted with a warning: the run will write that step again.
+    Damaged ones that are newer are skipped with a warning, and deleted once an older one has been read: the run will
+    write those steps again.
+
+    Raises:
+      ValueError: there are checkpoints and none restores; they are left as they are.
     """
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
+    damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
       try:
         whole = self._manager.restore(
@@ -46,11 +52,17 @@ class Checkpoints:
         replay = {}
         if whole["has_replay"]:
           replay = self._manager.restore(step, args=ocp.args.Composite(replay=ocp.args.StandardRestore()))["replay"]
+        for newer in damaged:
+          self._manager.delete(newer)
         return step, whole["state"], {k: np.asarray(v) for k, v in replay.items()}
       except Exception as e:  # whatever a half-written file makes Orbax raise
         reason = (str(e).strip() or type(e).__name__).splitlines()[0]
         logging.warning("checkpoint %d is damaged and skipped: %s", step, reason)
-        self._manager.delete(step)
+        damaged.append(step)
+    if damaged:
+      raise ValueError(
+        f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another --workdir"
+      )
     return None
 
   def wait(self) -> None:

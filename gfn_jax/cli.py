@@ -13,6 +13,7 @@ import jax
 import ml_collections
 from ml_collections import config_flags
 
+from gfn_jax.config import require_fields
 from gfn_jax.version import __version__
 
 USAGE_EXIT_CODE = 2
@@ -64,8 +65,10 @@ def _parse(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(list(argv))
     _ = flags.FLAGS["config"].value  # ml_collections runs the file here
-  except (flags.Error, ValueError, TypeError, AttributeError, KeyError, SyntaxError, ImportError) as e:
+  except Exception as e:  # the config file is the user's own code: it may raise whatever it likes
     text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
+    if not isinstance(e, (flags.Error, ValueError, KeyError)):
+      text = f"{config_file}: {type(e).__name__}: {text}"
     if "Traceback (most recent call last)" in text:  # of get_config, in ml_collections' message
       text = f"{config_file}: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"
     fail(text)
@@ -75,7 +78,12 @@ def _parse(argv: Sequence[str]) -> list[str]:
 
 
 def prepare_jax(config: ml_collections.ConfigDict) -> None:
-  """Applies the config's switches of JAX itself; before its backend starts."""
+  """Applies the config's switches of JAX itself; before its backend starts.
+
+  Raises:
+    ValueError: `config` is no config of a run.
+  """
+  require_fields(config)
   if config.deterministic:
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_gpu_deterministic_ops=true"
   if config.debug_nans:
@@ -89,7 +97,7 @@ def launch(main: Callable[[], Any]) -> None:
     del argv
     try:
       sys.exit(main())
-    except ValueError as e:
+    except (ValueError, OSError) as e:
       logging.debug("where it came from:", exc_info=True)  # shown with --verbosity=1
       fail(e)
 

@@ -22,7 +22,11 @@ class Collector:
   """
 
   def __init__(self, config: Any, task: Any, table: data.QueryTable, sampler: Sampler, reward_model: RewardModel):
-    """`config`: of the run. `table`: the training queries, in the order of `task.examples`."""
+    """`config`: of the run. `table`: the training queries, in the order of `task.examples`.
+
+    Raises:
+      ValueError: fewer queries can be drawn than a step has.
+    """
     self._config, self._task, self._table = config, task, table
     self._sampler, self._reward_model = sampler, reward_model
     self._replay_settings = {
@@ -33,6 +37,12 @@ class Collector:
     self.replay = ReplayBuffer(**self._replay_settings)
     self.weights = np.full(len(task.examples), config.data.unseeded_weight, np.float64)
     self.weights[: task.num_seeded] = config.data.seeded_weight
+    drawable, wanted = int((self.weights > 0).sum()), config.train.num_queries
+    if not drawable or drawable < wanted <= len(self.weights):
+      raise ValueError(
+        f"config.train.num_queries {wanted}: only {drawable} queries have a weight above 0 (config.data.seeded_weight "
+        f"{config.data.seeded_weight}, config.data.unseeded_weight {config.data.unseeded_weight})"
+      )
 
   def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     q = self._table[ids]
@@ -46,14 +56,19 @@ class Collector:
     if arrays:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
-  def seed_replay(self) -> int:
-    """Puts the demonstrations into the buffer, through the calculator; returns how many fit max_length."""
+  def seed_replay(self) -> np.ndarray:
+    """Puts the demonstrations that fit max_length into the buffer, through the calculator.
+
+    Returns:
+      float [demonstrations that fit], log R of each in nats, untempered.
+    """
     max_length = self._config.sampler.max_length
     found = [
       (i, self._task.rationale_tokens(e, max_length))
       for i, e in enumerate(self._task.examples[: self._task.num_seeded])
     ]
     found = [(i, z) for i, z in found if z is not None]
+    whole = np.zeros(0, np.float32)
     if found:
       ids = np.array([i for i, _ in found])
       tokens, _ = data.pad_right([tokens for _, (tokens, _) in found])
@@ -65,10 +80,11 @@ class Collector:
       blank = np.zeros(tokens.shape, np.float32)
       z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
       log_reward = self._score(ids, z)
+      whole = np.take_along_axis(log_reward, length[:, None], axis=1)[:, 0]
       for row, i in enumerate(ids):
         at = slice(row, row + 1)
         self.replay.add(int(i), tokens[at], length[at], chosen[at], log_reward[at])
-    return len(found)
+    return whole
 
   def __call__(
     self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -107,8 +123,8 @@ class Collector:
 
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
     """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
-    devices, total = len(self._sampler.devices), len(plan.query_ids)
-    usual = -(-int((~plan.from_buffer).sum()) // devices) * devices
+    total = len(plan.query_ids)
+    usual = data.num_sampled(self._config.behavior, total, len(self._sampler.devices))
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
     n, q = self._config.sampler.num_samples, self._table[plan.query_ids[padded]]
     z = self._sampler(

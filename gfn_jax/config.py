@@ -15,6 +15,7 @@ METHODS = ("gfn",)
 RESUMABLE = (
   "train.num_steps",
   "train.log_every",
+  "train.micro_batch_queries",
   "checkpoint",
   "debug_nans",
   "profile",
@@ -61,7 +62,7 @@ def base_config() -> ml_collections.ConfigDict:
     "train": c({
       "num_steps": 250,
       "num_queries": 8,  # of a step, over all devices
-      "num_micro_batches": 1,  # per device
+      "micro_batch_queries": 0,  # of a device's queries, how many one backward pass takes; 0: all
       "learning_rate": 1e-3,
       "warmup_steps": 20,
       "decay_steps": 0,  # the step at which the rate has fallen linearly to 0; 0: it stays
@@ -105,6 +106,14 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk("", config))
 
 
+def require_fields(config: Any) -> None:
+  """Raises ValueError, naming a field, where `config` is no config of a run."""
+  if not isinstance(config, ml_collections.ConfigDict):
+    raise ValueError(f"get_config returned a {type(config).__name__} in place of a ConfigDict")
+  missing = sorted(flatten(base_config()).keys() - flatten(config).keys())
+  _require(not missing, f"this is no config of a run: it lacks config.{', config.'.join(missing[:3])}")
+
+
 def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
   """The first field that changes the mathematics and differs, with both values; None if there is none."""
   for field in sorted(ours.keys() | theirs.keys()):
@@ -114,6 +123,12 @@ def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None
     if json.dumps(a) != json.dumps(b):
       return f"config.{field} is {a!r} here and {b!r} there"
   return None
+
+
+def num_micro_batches(config: ml_collections.ConfigDict, num_devices: int) -> int:
+  """How many micro-batches a device's share of a step has."""
+  queries = config.train.num_queries // num_devices
+  return queries // (config.train.micro_batch_queries or queries)
 
 
 def _require(holds: bool, message: str) -> None:
@@ -139,14 +154,14 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   positive = (
     "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
     "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
-    "train.num_micro_batches", "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
+    "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
     "behavior.temperature_low", "data.seeded_weight",
   )  # fmt: skip
   natural = (
-    "seed", "sampler.min_length", "reward.num_demonstrations", "train.warmup_steps", "train.decay_steps",
-    "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales", "data.unseeded_weight",
-    "loss.log_partition_learning_rate",
+    "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
+    "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
+    "data.unseeded_weight", "loss.log_partition_learning_rate",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")
@@ -179,8 +194,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     f"config.train.num_queries {t.num_queries} is not divisible by the {num_devices} devices",
   )
   _require(
-    (t.num_queries // num_devices) % t.num_micro_batches == 0,
+    not t.micro_batch_queries or (t.num_queries // num_devices) % t.micro_batch_queries == 0,
     f"config.train.num_queries {t.num_queries} on {num_devices} devices is not divisible by "
-    f"config.train.num_micro_batches {t.num_micro_batches}",
+    f"config.train.micro_batch_queries {t.micro_batch_queries}",
+  )
+  _require(
+    not t.decay_steps or t.decay_steps >= t.num_steps,
+    f"config.train.decay_steps {t.decay_steps} is below config.train.num_steps {t.num_steps}: the steps between them "
+    "would have a learning rate of 0",
   )
   _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

@@ -41,6 +41,16 @@ class StepPlan:
   temperature: np.ndarray
 
 
+def num_by_behavior(behavior, num_queries: int) -> tuple[int, int]:
+  """How many of a step's queries are (replayed, sampled from the tempered policy)."""
+  return round(behavior.buffer * num_queries), round(behavior.tempered * num_queries)
+
+
+def num_sampled(behavior, num_queries: int, num_devices: int) -> int:
+  """How many queries a step samples where all it wants to replay has something to: a multiple of the devices."""
+  return -(-(num_queries - num_by_behavior(behavior, num_queries)[0]) // num_devices) * num_devices
+
+
 def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behavior) -> StepPlan:
   """Draws a step (paper section 3.3): queries by weight, and fixed counts of buffer, tempered and policy queries.
 
@@ -50,7 +60,7 @@ def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behav
   """
   rng = step_rng(seed, PLAN_STREAM, step)
   query_ids = rng.choice(len(weights), num_queries, replace=len(weights) < num_queries, p=weights / weights.sum())
-  num_buffer, num_tempered = round(behavior.buffer * num_queries), round(behavior.tempered * num_queries)
+  num_buffer, num_tempered = num_by_behavior(behavior, num_queries)
   order = np.arange(num_queries)
   temperature = np.ones(num_queries, np.float32)
   tempered = (order >= num_buffer) & (order < num_buffer + num_tempered)

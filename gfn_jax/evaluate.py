@@ -3,21 +3,22 @@
 python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapter --output=results.json
 """
 
-import json
 import pathlib
+import time
 
 from absl import flags
 import jax
 import ml_collections
 
-from gfn_jax import cli, data, workdir
+from gfn_jax import cli, data
 from gfn_jax.config import validate
 from gfn_jax.experiment import build
-from gfn_jax.metrics import write_text
+from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
 from gfn_jax.report import accuracy_table
 from gfn_jax.train import reward_temperature
+from gfn_jax.workdir import write_results
 
 
 def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str, float]:
@@ -27,7 +28,7 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
     ValueError: a slip of the user's, in one line.
   """
   devices = jax.local_devices()
-  validate(config, len(devices))
+  validate(config, num_devices=1)  # of a training step, which there is none of
   experiment = build(config, devices)
   lora = place(load_adapter(adapter, experiment.pretrained), devices) if adapter else None
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
@@ -43,13 +44,11 @@ def main() -> int:
     raise ValueError(f"--output={output}: the folder {output.parent} does not exist")
   if output.is_dir():
     raise ValueError(f"--output={output} is a folder: name the file to write")
+  write_text(output.with_name(output.name + ".writable"), "")  # before the work, not after it
+  output.with_name(output.name + ".writable").unlink()
+  started = time.time()
   results = evaluate(config.lock(), _ADAPTER.value)
-  record = results | {
-    "meta/seed": config.seed,
-    "meta/commit": workdir.git_commit(),
-    "meta/config_hash": workdir.config_hash(config),
-  }
-  write_text(output, json.dumps(record, indent=2, sort_keys=True) + "\n")
+  write_results(output, config, results, time.time() - started)
   print(accuracy_table(results, config.task))
   return 0
 

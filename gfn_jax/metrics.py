@@ -12,13 +12,7 @@ from typing import Any
 import tensorboardX
 import tqdm
 
-
-def write_text(path: str | os.PathLike, text: str) -> None:
-  """Writes a file whole or not at all: to a temporary name, then renamed."""
-  path = pathlib.Path(path)
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
+from gfn_jax.files import write_text
 
 
 def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
@@ -52,7 +46,7 @@ class MetricsWriter:
       truncate_jsonl(workdir / name, first_step)
     self._metrics = (workdir / "metrics.jsonl").open("a")
     self._samples = (workdir / "samples.jsonl").open("a")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
+    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
     self._bar = tqdm.tqdm(
       total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )
@@ -103,13 +97,13 @@ class StepLog:
     """`rows_per_step`: trajectories that one step learns from."""
     self._writer, self._num_steps, self._log_every, self._rows = writer, num_steps, log_every, rows_per_step
     self._pending: tuple[int, Mapping, Mapping, float] | None = None
-    self._first_step, self._spent, self._since = first_step, 0.0, time.time()
+    self._first_step, self._spent, self._since = first_step, 0.0, time.monotonic()
 
   def step(self, step: int, device_values: Mapping[str, Any], host_values: Mapping[str, float]) -> None:
     """Takes a step's metrics, and writes those of the step before."""
     self.flush()
     # From call to call: when a step's values are read says nothing about when it ran.
-    now = time.time()
+    now = time.monotonic()
     seconds, self._since = now - self._since, now
     self._pending = step, device_values, host_values, seconds
 
@@ -148,4 +142,4 @@ class StepLog:
         f"  {'right' if s['right'] else 'wrong'}  log R {s['log_R']:7.1f}  log q {s['log_q']:6.1f}  {s['X']}|{s['Z']}"
       )
     self._writer.say("\n".join(lines))
-    self._since = time.time()
+    self._since = time.monotonic()

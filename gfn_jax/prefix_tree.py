@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxtyping import Int
 import numpy as np
 
 
@@ -24,8 +25,8 @@ class PrefixTree:
   node_of: np.ndarray
 
 
-def build_tree(tokens: np.ndarray, length: np.ndarray) -> PrefixTree:
-  """Args: tokens int [N, T], right-padded; length int [N]."""
+def build_tree(tokens: Int[np.ndarray, "N T"], length: Int[np.ndarray, "N"]) -> PrefixTree:
+  """The tree of N right-padded samples."""
   children: dict[tuple[int, int], int] = {}
   node_tokens, parents = [], []
   node_of = np.full((tokens.shape[0], tokens.shape[1] + 1), -1)

@@ -8,16 +8,16 @@ import functools
 import pathlib
 import time
 
-from absl import app, flags, logging
+from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import config_flags
 import numpy as np
 import optax
 import tokenizers
 import tqdm
 import transformers
 
+from gfn_jax import cli
 from gfn_jax.datasets.arithmetic_corpus import document
 from gfn_jax.models import Pretrained, save_pretrained
 from gfn_jax.models.architectures import read_config
@@ -75,7 +75,7 @@ def next_token_loss(model, params, tokens):
   """Mean cross-entropy of tokens 1.. given those before, in nats."""
   n = tokens.shape[1] - 1
   hidden, _ = hidden_states(
-    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n)
+    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n), unroll=True
   )
   logits = output_logits(model, params, hidden)
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
@@ -112,24 +112,30 @@ def pretrain(config, output: str) -> None:
       length = config.long_length if i % config.long_every == config.long_every - 1 else config.length
       tokens = sample_batch(tokenizer, rng, config.batch_tokens // length, length, right_share(config, i))
       params, opt_state, loss = step(params, opt_state, tokens)
-      losses.append(float(loss))
+      losses.append(loss)  # read late: the next batch is made while this step runs
       if (i + 1) % config.log_every == 0:
-        mean = np.mean(losses[-config.log_every :])
+        mean = np.mean(jax.device_get(losses[-config.log_every :]))
         progress.set_postfix(loss=f"{mean:.3f}")
-        logging.info("step %d loss %.4f nats/token, %.0f s", i + 1, mean, time.time() - start)
+        if progress.disable:
+          print(f"step {i + 1}/{config.num_steps}  loss {mean:.4f} nats/token  {time.time() - start:.0f} s", flush=True)
         if not np.isfinite(mean):
           raise FloatingPointError(f"the loss is {mean} at step {i + 1}")
   save_pretrained(output, Pretrained(model, params, tokenizer, output), hf_config, dtype="float16")
   count = sum(x.size for x in jax.tree.leaves(params))
   (pathlib.Path(output) / "README.md").write_text(_CARD.format(count=count, steps=config.num_steps, seed=config.seed))
+  last = np.mean(jax.device_get(losses[-100:]))
   print(
-    f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {np.mean(losses[-100:]):.3f} nats/token, "
+    f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {last:.3f} nats/token, "
     f"{time.time() - start:.0f} s"
   )
 
 
+def main() -> int:
+  pretrain(_CONFIG.value, _OUTPUT.value)
+  return 0
+
+
 if __name__ == "__main__":
-  _CONFIG = config_flags.DEFINE_config_file("config", None, "The run's settings, e.g. configs/pretrain_arith.py.")
+  _CONFIG = cli.define_config()
   _OUTPUT = flags.DEFINE_string("output", "runs/pretrain_arith", "The folder to write.")
-  flags.mark_flag_as_required("config")
-  app.run(lambda _: pretrain(_CONFIG.value, _OUTPUT.value))
+  cli.launch(main)

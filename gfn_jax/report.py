@@ -9,6 +9,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 
+from gfn_jax.files import replacing
 from gfn_jax.metrics import read_jsonl
 
 LABELS = {"base": "base, zero-shot", "gfn": "GFlowNet fine-tuning"}
@@ -71,9 +72,9 @@ def plot_run(workdir: str | pathlib.Path, task: str) -> list[pathlib.Path]:
     ax.grid(alpha=0.3)
     ax.legend()
     path = folder / f"{name}.png"
-    fig.savefig(path.with_suffix(".tmp.png"), dpi=120)
+    with replacing(path) as temporary:
+      fig.savefig(temporary, dpi=120, format="png")
     plt.close(fig)
-    path.with_suffix(".tmp.png").replace(path)
     written.append(path)
 
   def series(field, scale=1.0):

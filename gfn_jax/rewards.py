@@ -2,7 +2,8 @@
 
 The samples of a query form a tree of distinct prefixes. The *trunk* pass runs the tree's tokens once, each attending to
 its ancestors; the *branch* pass runs the target Y once behind every prefix that needs a reward. Context
-(demonstrations) and question are encoded once and shared. Exact, and linear in prefixes times target length.
+(demonstrations) and question are encoded once and shared. Exact; each branch token attends to the nodes of its tree,
+so large groups of samples are split over trees of bounded size, and cost grows linearly with prefixes times target.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ from gfn_jax import data, losses, policy, report
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector
-from gfn_jax.config import validate
+from gfn_jax.config import num_micro_batches, validate
 from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, StepLog
 from gfn_jax.models import LoraConfig, init_lora, save_adapter
@@ -59,7 +59,8 @@ def train_step(
   """One update, on one device's share of the batch, mapped over the axis `data`.
 
   Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the
-  result does not depend on how many carried them. Returns the new state and metrics, both the same on every device.
+  result does not depend on how many carried them (but for the adapter's dropout, where it is on: each micro-batch draws
+  its own). Returns the new state and metrics, both the same on every device.
   """
   micro_batches = jax.tree.map(
     lambda x: x.reshape(settings.num_micro_batches, x.shape[0] // settings.num_micro_batches, *x.shape[1:]), batch
@@ -140,8 +141,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   started, devices = time.time(), jax.local_devices()
   validate(config, len(devices))
   workdir = contract.prepare(config, workdir)
-  if contract.is_finished(workdir, config):
-    print(f"{workdir}: finished already ({config.train.num_steps} steps); results in {workdir / 'results.json'}")
+  finished = contract.finished_steps(workdir)
+  if finished >= config.train.num_steps:
+    print(f"{workdir}: finished already ({finished} steps); results in {workdir / 'results.json'}")
     return 0
 
   # 2. The base model, the task, sampler, rewards and evaluations.
@@ -163,8 +165,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   optimizer = make_optimizer(config)
   state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
   settings = StepSettings(
-    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples, config.train.num_micro_batches,
-    config.sampler.max_length, task.stop_token_id, config.lora.dropout > 0,
+    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples,
+    num_micro_batches(config, len(devices)), config.sampler.max_length, task.stop_token_id, config.lora.dropout > 0,
   )  # fmt: skip
   update = jax.pmap(
     functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
@@ -177,6 +179,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   first_step = 0
   if restored is not None:
     first_step, state, arrays = restored[0], place(restored[1], devices), restored[2]
+    if first_step > config.train.num_steps:
+      raise ValueError(
+        f"config.train.num_steps is {config.train.num_steps}, but {workdir} has made {first_step} steps already"
+      )
     collector.restore_replay(arrays)
   contract.write_config(workdir, config, devices)
   print(contract.plan(config, pretrained, trained, devices, first_step, workdir), flush=True)
@@ -192,14 +198,17 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       # 5. The steps. Metrics of a step are read while the next one runs.
       if restored is None:
         seeds = collector.seed_replay()
-        print(
-          f"replay buffer: {seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens",
-          flush=True,
-        )
+        fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
+        print(f"replay buffer: {fit}", flush=True)
+        if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
+          start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
+          state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
       allowed = jnp.asarray(task.allowed_tokens)
       for step in range(first_step, config.train.num_steps):
+        preemption.check()
         temperature = reward_temperature(config, step)
-        if step and step % config.eval.every_steps == 0:  # of the state that a checkpoint of this step holds
+        # Before the step, not after the last one: a run that goes on from a checkpoint of this step makes it too.
+        if step and step % config.eval.every_steps == 0 and config.eval.num_validation:
           values, samples = suite.validate(
             state.trained["lora"], temperature, key(data.EVALUATE, step), preemption.check
           )
@@ -236,7 +245,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     finally:
       checkpoints.close()
   report.plot_run(workdir, config.task)
-  contract.write_results(workdir, config, results, time.time() - started)
+  contract.write_results(workdir / "results.json", config, results, time.time() - started)
   print(report.accuracy_table(results, config.task))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)
   return 0

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 import ml_collections
 
-from gfn_jax.config import first_difference, flatten
-from gfn_jax.metrics import write_text
+from gfn_jax.config import first_difference, flatten, num_micro_batches
+from gfn_jax.files import write_text
 from gfn_jax.models import Pretrained
 from gfn_jax.version import __version__
 
@@ -34,8 +34,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pa
   existing = path / "config.json"
   if existing.exists():
     try:
-      theirs = json.loads(existing.read_text())["config"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+      theirs = dict(json.loads(existing.read_text())["config"])
+    except (ValueError, KeyError, TypeError):
       raise ValueError(f"{existing} is damaged: choose another --workdir") from None
     difference = first_difference(json.loads(json.dumps(flatten(config))), theirs)
     if difference:
@@ -49,11 +49,16 @@ def config_hash(config: ml_collections.ConfigDict) -> str:
 
 
 def git_commit() -> str:
-  """The commit of the source tree that runs, or "unknown" outside one."""
+  """The commit of the source tree that runs, "-dirty" behind it where files were changed; "unknown" outside one."""
+
+  def git(*arguments):
+    here = pathlib.Path(__file__)
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=here.parent, capture_output=True, text=True, timeout=10, check=True).stdout
+
   try:
-    here = pathlib.Path(__file__).parent
-    out = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=10, check=True)
-    return out.stdout.strip()
+    git("ls-files", "--error-unmatch", pathlib.Path(__file__).name)  # an installed copy may stand in another repository
+    return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip()
   except (OSError, subprocess.SubprocessError):
     return "unknown"
 
@@ -84,15 +89,15 @@ def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devic
   write_text(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def is_finished(workdir: pathlib.Path, config: ml_collections.ConfigDict) -> bool:
-  """Whether results.json stands for as many steps as the config asks for."""
+def finished_steps(workdir: pathlib.Path) -> int:
+  """The steps that results.json stands for; 0 where there is none."""
   try:
-    return json.loads((workdir / "results.json").read_text())["meta/num_steps"] >= config.train.num_steps
-  except (OSError, json.JSONDecodeError, KeyError):
-    return False
+    return int(json.loads((workdir / "results.json").read_text())["meta/num_steps"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return 0
 
 
-def write_results(workdir: pathlib.Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
+def write_results(path: pathlib.Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
   """results.json: one flat object; everything timed under time/."""
   record = dict(results) | {
     "meta/seed": config.seed,
@@ -101,7 +106,7 @@ def write_results(workdir: pathlib.Path, config: ml_collections.ConfigDict, resu
     "meta/num_steps": config.train.num_steps,
     "time/total_seconds": round(seconds, 1),  # of the last session, where the run was interrupted
   }
-  write_text(workdir / "results.json", json.dumps(record, indent=2, sort_keys=True) + "\n")
+  write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
 def write_model_card(
@@ -148,13 +153,14 @@ def plan(
   count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
+  micro_batches = num_micro_batches(c, len(devices))
   r = c.reward
   return "\n".join([
     f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {c.model.dtype})",
     f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
     f"devices   {len(devices)} x {devices[0].device_kind}",
     f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
-    f"{c.train.num_micro_batches} micro-batch{'es' if c.train.num_micro_batches > 1 else ''} a device",
+    f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} a device",
     f"objective {c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
       f"over {r.temperature_horizon} steps",
     f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",

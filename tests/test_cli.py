@@ -19,8 +19,8 @@ SMOKE = "--config=configs/arith.py:smoke"
 # Most of a process's time goes into imports: made once, then a fork runs each command line as `python -m` would.
 FORKS = """
 import json, os, runpy, sys, tempfile
-import gfn_jax.evaluate, gfn_jax.train, tensorflow_datasets, transformers
-for module in ("gfn_jax.main", "gfn_jax.evaluate"):
+import gfn_jax.evaluate, gfn_jax.pretrain, gfn_jax.train, tensorflow_datasets, transformers
+for module in ("gfn_jax.main", "gfn_jax.evaluate", "gfn_jax.pretrain"):
   sys.modules.pop(module, None)
 results = []
 for argv in json.loads(COMMANDS):
@@ -92,6 +92,10 @@ def folder(tmp_path_factory):
   (folder / "file").write_text("")
   (folder / "broken.py").write_text("def get_config(:\n")
   (folder / "refuses.py").write_text("def get_config():\n  raise ValueError('no such day')\n")
+  (folder / "unknown_name.py").write_text("def get_config():\n  return x\n")
+  (folder / "list.py").write_text("def get_config():\n  return [1]\n")
+  (folder / "listed").mkdir()
+  (folder / "listed" / "config.json").write_text('{"config": [1]}')
   (folder / "other").mkdir()
   (folder / "other" / "config.json").write_text("{}")
   return folder
@@ -103,6 +107,9 @@ CASES = {
   "config file after a space": (["--config", "configs/nothing.py:smoke"], ["'configs/nothing.py'", "does not exist"]),
   "config file that is no Python": (["--config={}/broken.py"], ["broken.py"]),
   "config that refuses": (["--config={}/refuses.py"], ["refuses.py: no such day"]),
+  "config file with an unknown name": (["--config={}/unknown_name.py"], ["unknown_name.py: NameError", "'x'"]),
+  "config file that returns something else": (["--config={}/list.py"], ["list", "ConfigDict"]),
+  "config of another program": (["--config=configs/pretrain_arith.py"], ["no config of a run", "lacks config."]),
   "unknown field": ([ARITH, "--config.train.num_step=3"], ["num_step", 'Did you mean "num_steps"']),
   "unknown section": ([ARITH, "--config.trian.num_steps=3"], ["trian", "train"]),
   "value of a wrong type": ([ARITH, "--config.train.num_steps=many"], ["num_steps", "many"]),
@@ -110,10 +117,13 @@ CASES = {
   "an argument too many": ([ARITH, "configs"], ["'configs'"]),
   "negative length": ([ARITH, "--config.sampler.max_length=-4"], ["config.sampler.max_length", "-4"]),
   "lengths the wrong way round": ([ARITH, "--config.sampler.min_length=400"], ["min_length 400", "max_length"]),
-  "batch that does not divide": ([ARITH, "--config.train.num_micro_batches=5"], ["num_queries", "micro_batches 5"]),
+  "batch that does not divide": ([ARITH, "--config.train.micro_batch_queries=5"], ["num_queries", "queries 5"]),
   "unknown loss": ([ARITH, "--config.loss.name=l2"], ["'l2'", "subtb, tb, vargrad, db"]),
   "unwritable workdir": ([SMOKE, "--workdir={}/file/run"], ["{}/file/run", "cannot be written", "Not a directory"]),
   "damaged workdir": ([SMOKE, "--workdir={}/other"], ["{}/other/config.json", "damaged", "--workdir"]),
+  "workdir whose config is a list": ([SMOKE, "--workdir={}/listed"], ["{}/listed/config.json", "damaged"]),
+  "rate that ends too early": ([ARITH, "--config.train.num_steps=500"], ["decay_steps 400", "num_steps 500"]),
+  "too few queries to draw": ([SMOKE, "--config.data.num_seed_rationales=2"], ["num_queries 4", "only 2 queries"]),
   "model that does not exist": ([SMOKE, "--config.model.name={}/no/model"], ["{}/no/model", "no folder"]),
   "embedded model that does not exist": ([SMOKE, "--config.model.name=embedded/x"], ["'embedded/x'", "choose from"]),
   "model folder without config": ([SMOKE, "--config.model.name={}/empty"], ["{}/empty", "config.json"]),
@@ -125,6 +135,11 @@ CASES = {
   "missing test_path": ([SMOKE, "--config.data.test_path={}/no.json"], ["{}/no.json", "No such file"]),
   "evaluate: no adapter there": (["gfn_jax.evaluate", SMOKE, "--adapter={}/empty", "--output={}/r.json"], ["{}/empty"]),
   "evaluate: output in no folder": (["gfn_jax.evaluate", SMOKE, "--output={}/no/r.json"], ["{}/no", "does not exist"]),
+  "evaluate: output cannot be written": (
+    ["gfn_jax.evaluate", SMOKE, "--output=/proc/r.json"],
+    ["/proc/r.json", "No such file"],
+  ),
+  "pretrain: unknown variant": (["gfn_jax.pretrain", "--config=configs/pretrain_arith.py:big"], ["'big'", "smoke"]),
   "evaluate: output is a folder": (["gfn_jax.evaluate", SMOKE, "--output={}/empty"], ["{}/empty", "is a folder"]),
 }
 
@@ -138,7 +153,9 @@ def results(folder):
     module = arguments.pop(0) if arguments[0].startswith("gfn_jax.") else "gfn_jax.main"
     if module == "gfn_jax.main" and not any(a.startswith("--workdir") for a in arguments):
       arguments.append(f"--workdir={folder}/run")
-    commands.append([module, *arguments, f"--config.data.dir={folder}/tfds"])
+    if any(a.startswith((ARITH, "gfn_jax")) for a in arguments):
+      arguments.append(f"--config.data.dir={folder}/tfds")
+    commands.append([module, *arguments])
   out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{FORKS}")
   return dict(zip(CASES, json.loads(out.rpartition("RESULTS")[2])))
 

@@ -56,8 +56,9 @@ BAD_FIELDS = [
   ({"train__learning_rate": float("nan")}, 1, ["config.train.learning_rate", "nan"]),
   ({"train__weight_decay": -0.1}, 1, ["config.train.weight_decay", "-0.1"]),
   ({"train__num_queries": 6}, 4, ["config.train.num_queries 6", "4 devices"]),
-  ({"train__num_micro_batches": 3}, 1, ["config.train.num_queries 8", "num_micro_batches 3"]),
-  ({"train__num_micro_batches": 4}, 4, ["config.train.num_queries 8", "4 devices", "num_micro_batches 4"]),
+  ({"train__micro_batch_queries": 3}, 1, ["config.train.num_queries 8", "micro_batch_queries 3"]),
+  ({"train__micro_batch_queries": 4}, 4, ["config.train.num_queries 8", "4 devices", "micro_batch_queries 4"]),
+  ({"train__decay_steps": 100}, 1, ["config.train.decay_steps 100", "config.train.num_steps 250"]),
   ({"checkpoint__every_steps": 0}, 1, ["config.checkpoint.every_steps", "0"]),
   ({"eval__num_votes": 0}, 1, ["config.eval.num_votes", "0"]),
   ({"eval__num_test": 0}, 1, ["config.eval.num_test", "0"]),
@@ -93,7 +94,7 @@ def test_flatten_gives_plain_json():
 def test_fields_that_do_not_change_the_mathematics_may_differ():
   changes = {
     "train__num_steps": 7, "train__log_every": 3, "checkpoint__every_steps": 9, "checkpoint__keep": 5,
-    "debug_nans": True, "profile": True, "data__dir": "elsewhere", "eval__every_steps": 11,
+    "debug_nans": True, "profile": True, "data__dir": "elsewhere", "eval__every_steps": 11, "train__micro_batch_queries": 2,
   }  # fmt: skip
   assert {f.replace("__", ".") for f in changes} == {  # so that no resumable field goes untested
     f for f in flatten(base_config()) if any(f == r or f.startswith(r + ".") for r in RESUMABLE)

@@ -9,7 +9,7 @@ from testing import REPOSITORY
 
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
-  ("types", "version"),
+  ("types", "version", "files"),
   ("tools", "prefix_tree", "losses", "replay"),
   ("models",),
   ("policy",),
@@ -24,8 +24,8 @@ LAYERS = (
   ("workdir", "collect"),
   ("report",),
   ("train",),
-  ("cli", "pretrain"),
-  ("evaluate",),
+  ("cli",),
+  ("evaluate", "pretrain"),
   ("main",),
 )
 

@@ -364,7 +364,7 @@ from gfn_jax.train import train
 for name in ("tb", "vargrad", "db"):
   config = arith.get_config("smoke")
   config.loss.name, config.data.dir, config.train.num_steps = name, DATA, 3
-  config.train.num_micro_batches = 2
+  config.train.micro_batch_queries = 2
   config.eval.baselines, config.eval.num_validation, config.eval.num_test = False, 0, 1
   config.debug_nans = config.profile = name == "tb"
   cli.prepare_jax(config)
@@ -396,10 +396,12 @@ def test_profile_writes_a_trace(other_losses):
   assert not (other_losses / "db" / "profile").exists()
 
 
-TRAIN_STEP = f"""
+TRAIN_STEP = (
+  f"""
 import os
 os.environ["XLA_FLAGS"] += " {QUICK_COMPILATION}"
-""" + """
+"""
+  + """
 import functools
 import jax, jax.numpy as jnp, numpy as np, optax
 from testing import random_lora, tiny_pretrained
@@ -456,6 +458,7 @@ for loss in layouts:
     assert metrics["loss"] > 0.01
   print(loss, results[0][1]["loss"])
 """
+)
 
 
 def test_devices_and_micro_batches_do_not_change_the_step():
@@ -509,7 +512,7 @@ def test_metrics_are_read_a_step_late_and_logged_every_so_many_steps():
 
 def test_a_step_lasts_from_one_to_the_next_however_late_it_is_read(monkeypatch):
   now = 100.0
-  monkeypatch.setattr("gfn_jax.metrics.time.time", lambda: now)
+  monkeypatch.setattr("gfn_jax.metrics.time.monotonic", lambda: now)
   writer = RecordingWriter()
   log = step_log(writer)
   now = 102.0

@@ -137,8 +137,13 @@ def load(config: ArithmeticConfig, split: str, data_dir: str | None = None) -> l
   try:
     builder = Arithmetic(config=config, data_dir=data_dir, file_format="array_record")
     if not builder.is_prepared():
-      with contextlib.redirect_stdout(io.StringIO()):  # it also announces a download; there is none
-        builder.download_and_prepare()
+      try:
+        with contextlib.redirect_stdout(io.StringIO()):  # it also announces a download; there is none
+          builder.download_and_prepare()
+      except OSError:  # another run may have been quicker to rename its copy to the same place
+        builder = Arithmetic(config=config, data_dir=data_dir, file_format="array_record")
+        if not builder.is_prepared():
+          raise
     source = builder.as_data_source(split)
   finally:
     logging.set_verbosity(verbosity)

@@ -70,7 +70,7 @@ OTHER_STYLES: dict[Callable, float] = {
   _unrelated: 0.25,
 }  # shares of what is not right
 OPERANDS: dict[int, float] = {2: 0.05, 3: 0.3, 4: 0.3, 5: 0.25, 6: 0.1}
-BROKEN_OFF = 0.1  # share of lines that leave their rationale unfinished
+BROKEN_OFF = 0.06  # share of lines that leave their rationale unfinished
 
 
 def _broken_off(rng: np.random.Generator, rationale: str, answer: int) -> tuple[str, int]:

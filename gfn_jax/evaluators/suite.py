@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
 from gfn_jax.evaluators.posterior import posterior_quality
 from gfn_jax.models import Lora, Pretrained
@@ -34,6 +35,10 @@ class Suite:
     self._sampler, self._reward_model, self._devices = sampler, reward_model, devices
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
+    shown = len(task.context_tokens(config.reward.num_demonstrations))  # to the reward, and to the base
+    reserved = shown + max(config.sampler.max_length, config.eval.max_length)
+    for examples in (*self._validation.values(), *self._test.values()):
+      query_table(examples, task.encode, pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._accuracy = self._make_accuracy(())
 
   def _make_accuracy(self, context: Sequence[int]) -> Accuracy:
@@ -46,7 +51,7 @@ class Suite:
     examples = [e for group in zip(*self._validation.values()) for e in group]
     # As many at a time as a training step samples: the same shapes, so nothing new is compiled.
     train, devices = self._config.train, len(self._devices)
-    at_once = -(-(train.num_queries - round(self._config.behavior.buffer * train.num_queries)) // devices) * devices
+    at_once = num_sampled(self._config.behavior, train.num_queries, devices)
     calls = min(len(examples) // max(1, at_once), POSTERIOR_CALLS)
     if at_once and calls:
       yield from posterior_quality(
@@ -59,8 +64,6 @@ class Suite:
     self, lora: Lora, reward_temperature: float, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> Evaluation:
     """Held-out accuracy and posterior quality while training: "arith/validation/accuracy/3", ..."""
-    if not self._config.eval.num_validation:
-      return {}, []
     values = dict(self._accuracy(lora, self._validation, key, on_round))
     values |= self._posterior(lora, reward_temperature, key, on_round)
     return {f"{self._task.name}/validation/{k}": v for k, v in values.items()}, self._accuracy.samples
@@ -73,11 +76,15 @@ class Suite:
     on_round: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
   ) -> Evaluation:
-    """Test accuracy of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ..."""
+    """Test accuracy of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ...
+
+    Args:
+      lora: the policy's adapter; None for the base alone.
+    """
     task, config = self._task, self._config
     shots = config.reward.num_demonstrations
-    rows = [(config.method, lora, ())]
-    if config.eval.baselines:
+    rows = [] if lora is None else [(config.method, lora, ())]
+    if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
       rows += [("base", off, ())] + ([(f"base_{shots}shot", off, task.context_tokens(shots))] if shots else [])
     results, samples = {}, []
@@ -87,5 +94,5 @@ class Suite:
       values = dict(accuracy(adapter, self._test, key, on_round))
       results |= {f"{task.name}/{method}/{k}": v for k, v in values.items()}
       samples += [{"method": method, **s} for s in accuracy.samples]
-    quality = dict(self._posterior(lora, reward_temperature, key, on_round))
+    quality = dict(self._posterior(lora, reward_temperature, key, on_round)) if lora is not None else {}
     return results | {f"{task.name}/{config.method}/{k}": v for k, v in quality.items()}, samples

@@ -14,13 +14,15 @@ import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 import numpy as np
 from safetensors import SafetensorError, safe_open
 import safetensors.numpy
 
+from gfn_jax.files import read_json, replacing, write_text
 from gfn_jax.models.architectures import ARCHITECTURES, Architecture, ModelConfig, read_config
 from gfn_jax.models.decoder import causal_mask, hidden_states, init_params, output_logits, prompt_positions
-from gfn_jax.models.lora import Lora, read_json
+from gfn_jax.models.lora import Lora
 
 EMBEDDED_PREFIX = "embedded/"  # models that ship with the package
 DTYPES = ("float32", "bfloat16", "float16")
@@ -199,17 +201,17 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, hf_config: 
   for name, (ours, layer, transpose) in slots.items():
     tensor = np.asarray(flat[ours] if layer is None else flat[ours][layer])
     tensors[name] = np.ascontiguousarray(tensor.T if transpose else tensor).astype(jnp.dtype(dtype))
-  weights = path / "model.safetensors"
-  safetensors.numpy.save_file(tensors, weights.with_suffix(".tmp"), metadata={"format": "pt"})
-  weights.with_suffix(".tmp").replace(weights)
-  config = path / "config.json"
-  config.with_suffix(".tmp").write_text(json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
-  config.with_suffix(".tmp").replace(config)
+  with replacing(path / "model.safetensors") as temporary:
+    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+  write_text(path / "config.json", json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
   if pretrained.tokenizer is not None:
     pretrained.tokenizer.save_pretrained(path)
 
 
-def logits(pretrained: Pretrained, tokens, mask=None, lora: Lora | None = None):
+def logits(
+  pretrained: Pretrained, tokens: Int[ArrayLike, "B N"], mask: Bool[ArrayLike, "B N"] | None = None,
+  lora: Lora | None = None,
+) -> Float[Array, "B N V"]:  # fmt: skip
   """Logits of the next token at every position.
 
   Args:

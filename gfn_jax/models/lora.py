@@ -12,6 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 import safetensors.numpy
 
+from gfn_jax.files import read_json, replacing, write_text
 from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets
 
 if TYPE_CHECKING:
@@ -51,21 +52,6 @@ def init_lora(model: ModelConfig, config: LoraConfig, key: jax.Array) -> Lora:
   return Lora({"layers": layers}, config)
 
 
-def read_json(path: pathlib.Path) -> dict:
-  """The object in a JSON file.
-
-  Raises:
-    ValueError: it does not hold one; named.
-  """
-  try:
-    content = json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
-    raise ValueError(f"{path} is damaged: {e}") from None
-  if not isinstance(content, dict):
-    raise ValueError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
-  return content
-
-
 def _peft_name(model: ModelConfig, projection: str, layer: int, leaf: str) -> str:
   module = ARCHITECTURES[model.family].modules[f"layers.{projection}"].hf_name.format(layer)
   return f"base_model.model.{module}.lora_{leaf}.weight"
@@ -98,11 +84,9 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
     "bias": "none",
     "inference_mode": True,
   }
-  weights = path / "adapter_model.safetensors"
-  safetensors.numpy.save_file(tensors, weights.with_suffix(".tmp"), metadata={"format": "pt"})
-  weights.with_suffix(".tmp").replace(weights)
-  (path / "adapter_config.tmp").write_text(json.dumps(config, indent=2) + "\n")
-  (path / "adapter_config.tmp").replace(path / "adapter_config.json")
+  with replacing(path / "adapter_model.safetensors") as temporary:
+    safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
+  write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
 # Options of adapter_config.json that change the mathematics and that we honour at these values only.

@@ -61,6 +61,9 @@ class ArithTask:
     self._builder_config = arithmetic.make_config(config.data.seed, config.data.path)
     self.tool = tools.Calculator(self.encode, self.decode, vocab_size)
     demonstrations = [to_example(r) for r in self._load("demonstrations")]
+    for e in demonstrations:
+      if e.rationale is None:
+        raise ValueError(f"the demonstration {e.prompt!r} has no rationale")
     self.demonstrations = demonstrations
     if config.data.num_seed_rationales > len(demonstrations):
       raise ValueError(
@@ -102,6 +105,8 @@ class ArithTask:
     whole = self.encode(f"{example.prompt} {expressions.without_results(example.rationale)}")
     if whole[: len(prompt)] != prompt:
       raise ValueError(f"the tokenizer merges the end of {example.prompt!r} with the rationale that follows")
+    if not self.allowed_tokens[whole[len(prompt) :]].all():
+      raise ValueError(f"the rationale {example.rationale!r} of {example.prompt!r} leaves the vocabulary of Z")
     return self.tool.follow(whole[len(prompt) :], max_length)
 
   def context_tokens(self, num_demonstrations: int) -> list[int]:
@@ -124,10 +129,10 @@ class ArithTask:
     }
 
   def test_examples(self, number: int) -> dict[str, list[Example]]:
-    """`number` test problems for each number of operands, or those of config.data.test_path."""
+    """`number` test problems for each number of operands, or all of config.data.test_path."""
     if self._data.test_path is None:
       return {str(k): [to_example(r) for r in self._load(f"test_{k}")[:number]] for k in arithmetic.EVALUATED_OPERANDS}
     kinds: dict[str, list[Example]] = {}
     for record in arithmetic.read_records(self._data.test_path):
       kinds.setdefault(str(expressions.num_operands(record["prompt"])), []).append(to_example(record))
-    return {k: examples[:number] for k, examples in sorted(kinds.items())}
+    return dict(sorted(kinds.items()))

@@ -1,0 +1,37 @@
+"""Files that stand whole or not at all."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+  """A temporary name to write to; what was written takes the place of `path` at the end."""
+  path = pathlib.Path(path)
+  temporary = path.with_name(path.name + ".tmp")
+  yield temporary
+  temporary.replace(path)
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+  """Writes a text file whole or not at all."""
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
+
+
+def read_json(path: pathlib.Path) -> dict:
+  """The object in a JSON file.
+
+  Raises:
+    ValueError: it does not hold one; named.
+  """
+  try:
+    content = json.loads(path.read_text(encoding="utf-8"))
+  except ValueError as e:  # JSONDecodeError and UnicodeDecodeError
+    raise ValueError(f"{path} is damaged: {e}") from None
+  if not isinstance(content, dict):
+    raise ValueError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
+  return content
