@@ -21,7 +21,7 @@ from gfn_jax import cli
 from gfn_jax.datasets.expressions import question, split_of
 from gfn_jax.metrics import MetricsWriter, StepLog, read_jsonl
 from gfn_jax.models import load_adapter, load_pretrained
-from testing import REPOSITORY, run_python
+from testing import REPOSITORY, damage_checkpoint, run_python
 
 # Minutes in all on an idle machine; a busy one must not fail them.
 pytestmark = pytest.mark.timeout(2700)
@@ -236,18 +236,20 @@ def test_evaluate_gives_the_runs_own_numbers(smoke, runs):
   assert "| GFlowNet fine-tuning" in done.stdout
 
 
-def test_evaluate_takes_problems_from_a_file(smoke, runs):
-  workdir, _ = smoke
+def test_evaluate_takes_all_problems_of_a_file_and_no_adapter_means_the_base(smoke, runs):
+  del smoke  # it has filled the compilation cache
   problems = {"1 + 2 + 3": 6, "9 - 9 - 9": -9, "1 + 1 + 1 + 1 + 1 + 1": 6}
   file = runs / "problems.jsonl"
   file.write_text("\n".join(json.dumps({"str_query": question(p), "num_sol": v}) for p, v in problems.items()))
   done = run(
-    runs, f"--adapter={workdir}/adapter", f"--output={runs}/file.json", f"--config.data.test_path={file}",
-    "--config.eval.baselines=False", "--config.eval.num_validation=0", module="gfn_jax.evaluate",
+    runs, f"--output={runs}/file.json", f"--config.data.test_path={file}", "--config.eval.num_validation=0",
+    "--config.eval.num_test=1", module="gfn_jax.evaluate",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   results = json.loads((runs / "file.json").read_text())
-  assert {k for k in results if "/accuracy/" in k} == {"arith/gfn/accuracy/3", "arith/gfn/accuracy/6"}
+  keys = {f"arith/{m}/accuracy/{k}" for m in ("base", "base_3shot") for k in ("3", "6")}
+  assert {k for k in results if k.startswith("arith/")} == keys
+  assert results["meta/num_steps"] == NUM_STEPS and results["time/total_seconds"] > 0
 
 
 def test_test_problems_are_test_problems(smoke):
@@ -262,14 +264,6 @@ def wait_for(path, process, seconds=900):
     assert process.poll() is None, process.communicate()
     assert time.time() < deadline, f"{path} did not appear"
     time.sleep(0.02)
-
-
-def damage(checkpoint):
-  """Cuts every file of a checkpoint's state in half, as a full disk would."""
-  files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and p.stat().st_size > 1]
-  assert files
-  for file in files:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 @pytest.fixture(scope="module")
@@ -296,12 +290,14 @@ def interrupted(smoke, runs):
     second.kill()
     out, err = second.communicate(timeout=60)
     said["kill"] = second.returncode, out, err
+    fewer = run(runs, f"--workdir={workdir}", "--config.train.num_steps=2")
+    said["fewer"] = fewer.returncode, fewer.stdout, fewer.stderr
   finally:
     for process in (first, *([second] if "SIGTERM" in said else [])):
       process.kill()
       process.wait()
 
-  damage(workdir / "checkpoints" / str(NUM_STEPS))
+  damage_checkpoint(workdir / "checkpoints" / str(NUM_STEPS))
   done = run(runs, f"--workdir={workdir}")
   said["resumed"] = done.returncode, done.stdout, done.stderr
   return workdir, said
@@ -317,6 +313,11 @@ def test_a_killed_run_goes_on(interrupted):
   code, out, _ = interrupted[1]["kill"]
   assert code == -signal.SIGKILL
   assert any(f"steps     {n} of {NUM_STEPS} made" in out for n in (1, 2, 3)), out
+
+
+def test_fewer_steps_than_were_made_are_refused(interrupted):
+  code, _, err = interrupted[1]["fewer"]
+  assert code == 2 and err.startswith("error: config.train.num_steps is 2, but ") and "made 4 steps already" in err
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(interrupted):

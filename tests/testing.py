@@ -169,3 +169,11 @@ def tokens_and_mask(vocab_size, shape=(3, 13), seed=0):
   tokens = np.random.default_rng(seed).integers(0, vocab_size, shape)
   pads = 4 * np.arange(shape[0])[:, None]
   return tokens, np.arange(shape[1]) >= pads
+
+
+def damage_checkpoint(checkpoint):
+  """Cuts every file of a checkpoint's state in half, as a full disk would."""
+  files = [p for p in (checkpoint / "state").rglob("*") if p.is_file() and p.stat().st_size > 1]
+  assert files
+  for file in files:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
