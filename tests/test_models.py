@@ -284,6 +284,22 @@ def test_padding_is_finite_and_never_matters():
   assert_logits(logits(pretrained, other, mask), logits(pretrained, tokens, mask), mask, atol=0)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_bfloat16_logits_keep_float32_sums(family):
+  """Rounded to bfloat16, logits of 16 to 32 would be 0.125 apart, and so would log-probabilities."""
+  pretrained = tiny_pretrained(family=family)
+  head = "embed" if pretrained.config.tied_embeddings else "head"
+  params = pretrained.params | {head: jax.tree.map(lambda x: 40 * x, pretrained.params[head])}
+  half = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), params)
+  hidden = jnp.asarray(np.random.default_rng(0).normal(size=(50, pretrained.config.hidden_size)), jnp.bfloat16)
+  ours = np.asarray(output_logits(pretrained.config, half, hidden))
+  exact = jax.tree.map(lambda x: np.asarray(x, np.float64), half)[head]
+  matrix = exact["embedding"].T if head == "embed" else exact["kernel"]
+  expected = np.asarray(hidden, np.float64) @ matrix + exact.get("bias", 0.0)
+  assert np.abs(expected).max() > 16
+  np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
 # The adapter.
 
 

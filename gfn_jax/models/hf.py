@@ -209,14 +209,16 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, hf_config: 
 
 
 def logits(
-  pretrained: Pretrained, tokens: Int[ArrayLike, "B N"], mask: Bool[ArrayLike, "B N"] | None = None,
+  pretrained: Pretrained,
+  tokens: Int[ArrayLike, "B N"],
+  mask: Bool[ArrayLike, "B N"] | Int[ArrayLike, "B N"] | None = None,
   lora: Lora | None = None,
-) -> Float[Array, "B N V"]:  # fmt: skip
+) -> Float[Array, "B N V"]:
   """Logits of the next token at every position.
 
   Args:
     tokens: int [B, N].
-    mask: bool [B, N], True keeps; positions count the tokens it keeps. None keeps all.
+    mask: bool [B, N] or the tokenizer's 0 and 1, True keeps; positions count the tokens it keeps. None keeps all.
     lora: an adapter, or None for the base.
 
   Returns:
