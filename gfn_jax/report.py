@@ -70,7 +70,7 @@ def plot_run(workdir: str | pathlib.Path, task: str) -> list[pathlib.Path]:
     if note:
       ax.set_ylim(*note)
     ax.grid(alpha=0.3)
-    ax.legend()
+    fig.legend(loc="outside lower center", ncols=2)
     path = folder / f"{name}.png"
     with replacing(path) as temporary:
       fig.savefig(temporary, dpi=120, format="png")
