@@ -23,17 +23,17 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
     }
   )
   # Rows are documents cut at `length`; every `long_every`-th batch has few long rows, for prompts with demonstrations.
-  config.batch_tokens = 5376
-  config.length = 224
+  config.batch_tokens = 2688
+  config.length = 168
   config.long_length = 768
   config.long_every = 10
   # Steps are learnt from good text; in the end most text is bad.
-  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.08, (800, 1200)
-  config.num_steps = 2000
+  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.06, (1600, 2400)
+  config.num_steps = 4000
   config.learning_rate = 3e-3
-  config.warmup_steps = 100
+  config.warmup_steps = 200
   config.weight_decay = 0.01
-  config.log_every = 50
+  config.log_every = 100
   if variant == "smoke":
     config.warmup_steps = 1
     config.num_steps = 4

@@ -69,8 +69,8 @@ OTHER_STYLES: dict[Callable, float] = {
   _wrong_steps: 0.25,
   _unrelated: 0.25,
 }  # shares of what is not right
-OPERANDS: dict[int, float] = {2: 0.05, 3: 0.3, 4: 0.3, 5: 0.25, 6: 0.1}
-BROKEN_OFF = 0.06  # share of lines that leave their rationale unfinished
+OPERANDS: dict[int, float] = {2: 0.05, 3: 0.35, 4: 0.35, 5: 0.2, 6: 0.05}
+BROKEN_OFF = 0.05  # share of lines that leave their rationale unfinished
 
 
 def _broken_off(rng: np.random.Generator, rationale: str, answer: int) -> tuple[str, int]:
