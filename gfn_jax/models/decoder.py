@@ -18,6 +18,10 @@ from jaxtyping import Array, Bool, Float, Int
 from gfn_jax.models.architectures import ACTIVATIONS, ModelConfig
 from gfn_jax.models.lora import Lora, LoraConfig
 
+# Layers of small models are written out one after another: a loop over them copies each layer's slice of parameters and
+# activations, which costs CPUs a third of a training step. Large models would take too long to compile.
+MAX_UNROLLED = 8
+
 _MASKED = -1e30  # finite, so that a fully masked row (padding) gives no NaN
 
 
@@ -174,14 +178,12 @@ _float32_product = functools.partial(jax.lax.dot_general, preferred_element_type
 class Decoder(nn.Module):
   """Tokens to hidden states (`__call__`) and hidden states to logits (`head`).
 
-  The variables are {"params": base} and, with the adapter on, {"lora": adapter}. `unroll` writes the layers out one
-  after another: longer to compile, and a quicker backward pass on CPUs.
+  The variables are {"params": base} and, with the adapter on, {"lora": adapter}.
   """
 
   config: ModelConfig
   dtype: Any = jnp.float32
   lora: LoraConfig | None = None
-  unroll: bool = False
 
   def setup(self):
     c = self.config
@@ -194,7 +196,7 @@ class Decoder(nn.Module):
       split_rngs={"params": True, "dropout": True},
       in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
-      unroll=c.num_layers if self.unroll else 1,
+      unroll=c.num_layers if c.num_layers <= MAX_UNROLLED else 1,
     )(c, self.dtype, self.lora)
     self.final_norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=self.dtype, param_dtype=self.dtype)
     if not c.tied_embeddings:
@@ -249,8 +251,8 @@ def param_dtype(params: dict) -> jnp.dtype:
   return params["embed"]["embedding"].dtype
 
 
-def _bind(config: ModelConfig, params: dict, lora: Lora | None, unroll: bool):
-  decoder = Decoder(config, param_dtype(params), lora.config if lora else None, unroll)
+def _bind(config: ModelConfig, params: dict, lora: Lora | None):
+  decoder = Decoder(config, param_dtype(params), lora.config if lora else None)
   return decoder, {"params": params} | ({"lora": lora.params} if lora else {})
 
 
@@ -263,7 +265,6 @@ def hidden_states(
   self_mask: Bool[Array, "..."],
   segments: Sequence[Segment] = (),
   dropout_key: jax.Array | None = None,
-  unroll: bool = False,
 ) -> tuple[Float[Array, "*lead N D"], KeyValues]:
   """Runs the decoder on new tokens.
 
@@ -273,12 +274,11 @@ def hidden_states(
     self_mask: which new token sees which, broadcastable to [*lead, N, N].
     segments: earlier tokens.
     dropout_key: turns the adapter's dropout on; for the loss only.
-    unroll: see `Decoder`.
 
   Returns:
     Normed hidden states, and the new tokens' keys and values [L, *lead, H, N, Dh].
   """
-  decoder, variables = _bind(config, params, lora, unroll)
+  decoder, variables = _bind(config, params, lora)
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   return decoder.apply(variables, tokens, positions, self_mask, segments, dropout_key is None, rngs=rngs)
 
