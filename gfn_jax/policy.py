@@ -55,7 +55,7 @@ def score(
   grouped = tokens.reshape(queries, -1, num_tokens)
   positions = jnp.broadcast_to(prefix.length[:, None, None] + jnp.arange(num_tokens), grouped.shape)
   hidden, _ = hidden_states(
-    config, params, lora, grouped, positions, causal_mask(num_tokens), prefix.segments(2), keys[1]
+    config, params, lora, grouped, positions, causal_mask(num_tokens), prefix.segments(2), keys[1], unroll=True
   )
   first = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*grouped.shape[:2], 1, hidden.shape[-1]))
   hidden = jnp.concatenate([first, hidden], axis=2).reshape(len(tokens), num_tokens + 1, -1)

@@ -75,7 +75,7 @@ def next_token_loss(model, params, tokens):
   """Mean cross-entropy of tokens 1.. given those before, in nats."""
   n = tokens.shape[1] - 1
   hidden, _ = hidden_states(
-    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n)
+    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n), unroll=True
   )
   logits = output_logits(model, params, hidden)
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
