@@ -7,6 +7,7 @@ one pays for them.
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -166,8 +167,8 @@ def test_samples_jsonl(smoke):
     assert {"X", "Z", "Y", "log_q", "log_R", "right"} <= r.keys()
     assert r["X"].startswith("Question: ") and r["Y"].startswith(". The answer is ")
     assert r["log_q"] < 0 and r["log_R"] < 0
-    answer = r["Z"].rpartition("=")[2].strip() if "=" in r["Z"] else ""
-    assert r["right"] == (r["Y"] == f". The answer is {answer}.")
+    answer = re.search(r"= *(-?\d+)[^=]*$", r["Z"])  # the number after the last "="
+    assert r["right"] == (answer is not None and r["Y"] == f". The answer is {answer[1]}.")
 
 
 def test_the_adapter_loads_and_has_a_model_card(smoke):
