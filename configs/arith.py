@@ -22,12 +22,14 @@ def get_config(variant: str = ""):
   config.name, config.variant, config.task = "arith", variant, "arith"
   config.sampler.min_length, config.sampler.max_length = 5, 24
   # A small model learns more slowly and forgets sooner than GPT-J: a larger, decaying rate; milder tempering of the
-  # behaviour; and no annealing below 1, which makes the loss spike and costs the 5-operand case.
+  # behaviour; little annealing below 1, which makes the loss spike and costs the 5-operand case; and more queries of
+  # fewer samples.
   config.lora.alpha = 64.0
-  config.train.num_steps, config.train.learning_rate, config.train.decay_steps = 400, 2e-3, 400
+  config.train.num_queries, config.sampler.num_samples = 16, 8
+  config.train.num_steps, config.train.learning_rate, config.train.decay_steps = 480, 2e-3, 480
   config.eval.every_steps = 100
   config.behavior.temperature_high = 1.5
-  config.reward.temperature_start, config.reward.temperature_end, config.reward.temperature_horizon = 1.1, 1.0, 100
+  config.reward.temperature_start, config.reward.temperature_end, config.reward.temperature_horizon = 1.1, 0.9, 100
 
   if variant == "smoke":
     config.train.num_steps = 4
@@ -48,6 +50,7 @@ def get_config(variant: str = ""):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
     config.lora.rank, config.lora.alpha, config.lora.dropout = 64, 16.0, 0.1
     config.train.num_queries, config.train.micro_batch_queries, config.train.num_steps = 32, 1, 1000
+    config.sampler.num_samples = 16
     config.train.learning_rate, config.train.decay_steps = 1e-4, 0
     # Table E.2's "P_F temperature 2 to 0.5" is the range of the tempered behaviour policy (section 3.3).
     config.behavior.temperature_low, config.behavior.temperature_high = 0.5, 2.0
