@@ -1,6 +1,7 @@
 """GGUF files, against transformers' own reader of them, the models they were made from, and the format by hand."""
 
 import importlib.util
+import json
 import pathlib
 import sys
 
@@ -319,7 +320,7 @@ def _byte_level_fields():
   alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
   trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, initial_alphabet=alphabet, show_progress=False)
   tokenizer.train_from_iterator([PAGE] * 3, trainer)
-  bpe = __import__("json").loads(tokenizer.to_str())["model"]
+  bpe = json.loads(tokenizer.to_str())["model"]
   tokens = [*sorted(bpe["vocab"], key=bpe["vocab"].get), "<|end|>", "<pad>", "<think>"]
   types = [1] * (len(tokens) - 3) + [3, 3, 4]
   merges = [" ".join(pair) for pair in bpe["merges"]]
@@ -449,6 +450,13 @@ def test_transformers_reads_the_same_sentencepiece(tmp_path, case):
   page = PAGE.replace("<|end|>", "")
   assert ours(page)["input_ids"] == theirs(page, add_special_tokens=False)["input_ids"]
   assert ours.decode(ours(page)["input_ids"]) == page
+
+
+def test_merges_that_the_tokens_do_not_spell_are_refused(tmp_path):
+  tokens, types, metadata = _byte_level_fields()
+  metadata["tokenizer.ggml.merges"] = ("array", ["Ġ t", "z Ω"])
+  with pytest.raises(ValueError, match=r"m\.gguf is damaged: the tokens do not spell '(Ġ t|z Ω)' of"):
+    written_tokenizer(tmp_path / "m.gguf", (tokens, types, metadata), pre="gpt-2")
 
 
 @pytest.mark.parametrize(

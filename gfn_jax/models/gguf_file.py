@@ -143,6 +143,8 @@ def read_file(path: pathlib.Path) -> tuple[dict[str, Any], dict[str, StoredTenso
     except (KeyError, UnicodeDecodeError) as e:  # a type that is none, a text that is none
       raise ValueError(f"{path} is damaged: its header holds {type(e).__name__} {e}") from None
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+      raise ValueError(f"{path} is damaged: general.alignment={alignment!r}")
     start = -(-f.tell() // alignment) * alignment
   tensors = {n: StoredTensor(path, n, tuple(dims[::-1]), kind, start + at) for n, dims, kind, at in infos}
   for tensor in tensors.values():

@@ -45,6 +45,9 @@ def _bytes_bpe(fields: Mapping[str, Any], vocab: dict[str, int], types: list[int
   if "merges" not in fields:
     raise ValueError(f"{path} lacks the metadata tokenizer.ggml.merges")
   merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
+  for merge in merges:
+    if len(merge) != 2 or not {*merge, "".join(merge)} <= vocab.keys():
+      raise ValueError(f"{path} is damaged: the tokens do not spell {' '.join(merge)!r} of tokenizer.ggml.merges")
   # Llama 3 has words in its vocabulary that its merges do not reach.
   tokenizer = Tokenizer(models.BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
   tokenizer.pre_tokenizer = _PRE_TOKENIZERS[pre]()
