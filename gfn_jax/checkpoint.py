@@ -12,8 +12,8 @@ import orbax.checkpoint as ocp
 class Checkpoints:
   """Asynchronous saves into a folder; restores the newest whole one."""
 
-  def __init__(self, folder: str | pathlib.Path, keep: int):
-    """`keep`: how many of the newest to keep."""
+  def __init__(self, folder: str | pathlib.Path, keep: int | None):
+    """`keep`: how many of the newest to keep; None for all."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
     self._folder = pathlib.Path(folder).absolute()
     self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -63,6 +63,20 @@ class Checkpoints:
       raise ValueError(
         f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another --workdir"
       )
+    return None
+
+  def restore_adapter(self, step: int | None = None) -> tuple[int, dict] | None:
+    """(step, the adapter's {projection: {"lora_a", "lora_b"}}) of one checkpoint, or of the newest that restores.
+
+    Whatever model it belongs to; nothing is deleted. None if there is no such checkpoint.
+    """
+    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
+    for candidate in steps:
+      try:
+        whole = self._manager.restore(candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
+        return candidate, whole["state"]["trained"]["lora"]["params"]["layers"]
+      except Exception as e:  # as in `restore`
+        logging.warning("checkpoint %d cannot be read: %s", candidate, (str(e).strip() or type(e).__name__)[:200])
     return None
 
   def wait(self) -> None:

@@ -64,7 +64,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
     fail(f"config file {config_file.partition(':')[0]!r} does not exist")
   try:
     rest = flags.FLAGS(list(argv))
-    _ = flags.FLAGS["config"].value  # ml_collections runs the file here
+    _ = "config" in flags.FLAGS and flags.FLAGS["config"].value  # ml_collections runs the file here
   except Exception as e:  # the config file is the user's own code: it may raise whatever it likes
     text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
     if not isinstance(e, (flags.Error, ValueError, KeyError)):

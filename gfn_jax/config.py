@@ -7,7 +7,9 @@ from typing import Any
 import ml_collections
 
 from gfn_jax.losses import LOSS_NAMES
+from gfn_jax.models.decoder import REMATS
 from gfn_jax.models.hf import DTYPES
+from gfn_jax.models.quantization import QUANTIZATIONS
 
 METHODS = ("gfn",)
 
@@ -16,6 +18,7 @@ RESUMABLE = (
   "train.num_steps",
   "train.log_every",
   "train.micro_batch_queries",
+  "model.remat",
   "checkpoint",
   "debug_nans",
   "profile",
@@ -36,11 +39,19 @@ def base_config() -> ml_collections.ConfigDict:
     "debug_nans": False,  # stop at the first NaN that a compiled function returns
     "profile": False,  # write a jax.profiler trace of a few steps
     "deterministic": False,  # GPU: deterministic kernels only
-    "model": c({"name": "embedded/arith-2m", "dtype": "float32"}),
+    "model": c({
+      "name": "embedded/arith-2m",  # a hub id, a folder, a .gguf file, or embedded/NAME
+      "revision": ml_collections.config_dict.placeholder(str),  # of a hub repository
+      "dtype": "float32",
+      "quantization": ml_collections.config_dict.placeholder(str),  # "int8": the frozen kernels in 8 bits
+      "remat": "none",  # what the backward pass computes again to save memory: "none", "dots" or "full"
+    }),
     "lora": c({
       "rank": 16,
       "alpha": 16.0,
       "dropout": 0.0,
+      "rslora": False,  # scale by alpha / sqrt(rank)
+      "init_from": ml_collections.config_dict.placeholder(str),  # a PEFT adapter to start from
       "targets": ("q_proj", "k_proj", "v_proj", "out_proj"),
     }),
     "loss": c({
@@ -150,6 +161,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _among("method", config.method, METHODS)
   _among("loss.name", config.loss.name, LOSS_NAMES)
   _among("model.dtype", config.model.dtype, DTYPES)
+  _among("model.remat", config.model.remat, tuple(REMATS))
+  _among("model.quantization", config.model.quantization, (None, *QUANTIZATIONS))
   _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "nothing"))
   positive = (
     "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",

@@ -10,7 +10,7 @@ import numpy as np
 
 from gfn_jax.evaluators.suite import Suite
 from gfn_jax.models import Pretrained, load_pretrained
-from gfn_jax.parallel import place
+from gfn_jax.parallel import replicated
 from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
 from gfn_jax.tasks import make_task
@@ -34,8 +34,11 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> E
   Raises:
     ValueError: a slip of the user's, in one line.
   """
-  pretrained = load_pretrained(config.model.name, config.model.dtype)
-  params = place(pretrained.params, devices)
+  pretrained = load_pretrained(
+    config.model.name, config.model.dtype, revision=config.model.revision, quantization=config.model.quantization,
+    shardings=lambda path: replicated(devices),
+  )  # fmt: skip
+  params = pretrained.params
   task = make_task(config, pretrained.tokenizer, pretrained.config.vocab_size)
   sampler = Sampler(
     pretrained.config, params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id, tool=task.tool,

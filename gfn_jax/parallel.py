@@ -9,10 +9,15 @@ import numpy as np
 DATA_AXIS = "data"
 
 
+def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
+  """One whole copy on each device."""
+  mesh = jax.sharding.Mesh(np.array(devices), (DATA_AXIS,))
+  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+
+
 def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
   """Puts one copy of `tree` on each device, once: a mapped function broadcasts what stands elsewhere at each call."""
-  mesh = jax.sharding.Mesh(np.array(devices), (DATA_AXIS,))
-  return jax.device_put(tree, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+  return jax.device_put(tree, replicated(devices))
 
 
 def split(tree: Any, devices: Sequence[jax.Device]) -> Any:

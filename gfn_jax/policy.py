@@ -33,6 +33,7 @@ def score(
   stop_token_id: int,
   max_length: int,
   dropout_key: jax.Array | None = None,
+  remat: str = "none",
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
   """log_pf and log_pterm of B = Q * N trajectories, grouped by query; differentiable in `lora`.
 
@@ -44,6 +45,7 @@ def score(
     allowed_tokens: the vocabulary of Z, stop token included.
     max_length: where stopping is forced, in tokens; T may be shorter.
     dropout_key: turns the adapter's dropout on.
+    remat: as in `decoder.REMATS`.
 
   Returns:
     log_pf [B, T] = log q(z_t | z_<t), 0 where action_mask is False; log_pterm [B, S] = log q(stop | z_1:t), 0 at
@@ -51,12 +53,13 @@ def score(
   """
   queries, num_tokens = prompt_tokens.shape[0], tokens.shape[1]
   keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, dropout_key=keys[0])
+  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, dropout_key=keys[0], remat=remat)
   grouped = tokens.reshape(queries, -1, num_tokens)
   positions = jnp.broadcast_to(prefix.length[:, None, None] + jnp.arange(num_tokens), grouped.shape)
   hidden, _ = hidden_states(
-    config, params, lora, grouped, positions, causal_mask(num_tokens), prefix.segments(2), keys[1], unroll=True
-  )
+    config, params, lora, grouped, positions, causal_mask(num_tokens), prefix.segments(2), keys[1], unroll=True,
+    remat=remat,
+  )  # fmt: skip
   first = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*grouped.shape[:2], 1, hidden.shape[-1]))
   hidden = jnp.concatenate([first, hidden], axis=2).reshape(len(tokens), num_tokens + 1, -1)
   log_probs = action_log_probs(output_logits(config, params, hidden), allowed_tokens)

@@ -120,7 +120,7 @@ def pretrain(config, output: str) -> None:
           print(f"step {i + 1}/{config.num_steps}  loss {mean:.4f} nats/token  {time.time() - start:.0f} s", flush=True)
         if not np.isfinite(mean):
           raise FloatingPointError(f"the loss is {mean} at step {i + 1}")
-  save_pretrained(output, Pretrained(model, params, tokenizer, output), hf_config, dtype="float16")
+  save_pretrained(output, Pretrained(model, params, tokenizer, output, hf_config=hf_config), dtype="float16")
   count = sum(x.size for x in jax.tree.leaves(params))
   (pathlib.Path(output) / "README.md").write_text(_CARD.format(count=count, steps=config.num_steps, seed=config.seed))
   last = np.mean(jax.device_get(losses[-100:]))

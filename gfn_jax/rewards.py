@@ -63,11 +63,11 @@ def _score_trees(
     inputs = jnp.broadcast_to(target_tokens[:, None, :-1], (*branches.shape, target_tokens.shape[1] - 1))
     node_depths = jnp.pad(depths, ((0, 0), (0, 1)))
     start = prefix.length[:, None] + take(node_depths, branches)
-    segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :])]
+    segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :], positions[:, None, None])]
     n = inputs.shape[-1]
     # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
-    positions = jnp.where(target_mask[:, None, :-1], start[..., None] + jnp.arange(n), 0)
-    branch_hidden, _ = hidden_states(config, params, None, inputs, positions, causal_mask(n), segments)
+    target_positions = jnp.where(target_mask[:, None, :-1], start[..., None] + jnp.arange(n), 0)
+    branch_hidden, _ = hidden_states(config, params, None, inputs, target_positions, causal_mask(n), segments)
     branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
     wanted = jnp.broadcast_to(target_tokens[:, None, 1:], inputs.shape)
     rest = jnp.take_along_axis(branch, wanted[..., None], axis=-1)[..., 0]

@@ -121,8 +121,9 @@ def decode_round(
     length = t + writes
     calls = writes & chosen & call_tokens[token] & (length < max_length)
 
-    cached = jnp.arange(max_length) < t[..., None]
-    segments = [*prefix.segments(2), Segment(state.cache, cached[..., None, :])]
+    slots = jnp.arange(max_length)
+    cached, at = slots < t[..., None], prefix.length[:, None, None] + slots
+    segments = [*prefix.segments(2), Segment(state.cache, cached[..., None, :], at[..., None, :])]
     hidden, new = hidden_states(
       config, params, lora, token[..., None], (prefix.length[:, None] + t)[..., None], jnp.ones((1, 1), bool), segments
     )

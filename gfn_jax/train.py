@@ -24,7 +24,7 @@ from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches, validate
 from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, StepLog
-from gfn_jax.models import LoraConfig, init_lora, save_adapter
+from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
 from gfn_jax.parallel import DATA_AXIS, place, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
@@ -44,6 +44,7 @@ class StepSettings:
   max_length: int
   stop_token_id: int
   dropout: bool
+  remat: str = "none"
 
 
 def train_step(
@@ -72,6 +73,7 @@ def train_step(
       settings.model, params, trained["lora"], micro.prompt_tokens, micro.prompt_mask, micro.tokens, micro.length,
       micro.action_mask, allowed_tokens=allowed_tokens, stop_token_id=settings.stop_token_id,
       max_length=settings.max_length, dropout_key=jax.random.fold_in(key, index) if settings.dropout else None,
+      remat=settings.remat,
     )  # fmt: skip
     log_partition = trained.get("log_partition")
     if log_partition is not None:
@@ -130,6 +132,24 @@ def reward_temperature(config: ml_collections.ConfigDict, step: int) -> float:
   return c.temperature_start + share * (c.temperature_end - c.temperature_start)
 
 
+def starting_adapter(config: ml_collections.ConfigDict, pretrained: Pretrained) -> Lora:
+  """A fresh adapter, or that of config.lora.init_from.
+
+  Raises:
+    ValueError: an adapter that is not as config.lora says, or of another model.
+  """
+  c = config.lora
+  wanted = LoraConfig(c.rank, c.alpha, lora_targets(pretrained.config, tuple(c.targets)), c.dropout, c.rslora)
+  if c.init_from is None:
+    return init_lora(pretrained.config, wanted, data.step_key(config.seed, data.INIT, 0))
+  lora = load_adapter(c.init_from, pretrained)
+  for field in ("rank", "alpha", "targets", "rslora"):
+    ours, theirs = getattr(wanted, field), getattr(lora.config, field)
+    if ours != theirs:
+      raise ValueError(f"config.lora.{field} is {ours!r}, but the adapter {c.init_from!r} has {theirs!r}")
+  return lora.replace(config=wanted)
+
+
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
 
@@ -152,14 +172,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   model = pretrained.config
 
   # 3. Adapter, buffer, optimiser, state.
-  lora_config = LoraConfig(
-    config.lora.rank, config.lora.alpha, lora_targets(model, tuple(config.lora.targets)), config.lora.dropout
-  )
+  lora = starting_adapter(config, pretrained)
   key = functools.partial(data.step_key, config.seed)
   reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
   table = data.query_table(task.examples, task.encode, model.max_positions, reserved)
   collector = Collector(config, task, table, experiment.sampler, experiment.reward_model)
-  trained: dict[str, Any] = {"lora": init_lora(model, lora_config, key(data.INIT, 0))}
+  trained: dict[str, Any] = {"lora": lora}
   if config.loss.name == "tb":
     trained["log_partition"] = jnp.zeros(len(task.examples))
   optimizer = make_optimizer(config)
@@ -167,6 +185,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   settings = StepSettings(
     model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples,
     num_micro_batches(config, len(devices)), config.sampler.max_length, task.stop_token_id, config.lora.dropout > 0,
+    config.model.remat,
   )  # fmt: skip
   update = jax.pmap(
     functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,

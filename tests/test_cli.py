@@ -83,7 +83,7 @@ def test_unknown_variant():
 def folder(tmp_path_factory):
   """Broken models, files and folders to name on the command line."""
   folder = tmp_path_factory.mktemp("cli")
-  save_pretrained(folder / "damaged", tiny_pretrained(), tiny_hf_config())
+  save_pretrained(folder / "damaged", tiny_pretrained())
   weights = folder / "damaged" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:1000])
   (folder / "hollow").mkdir()

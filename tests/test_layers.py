@@ -25,13 +25,21 @@ LAYERS = (
   ("report",),
   ("train",),
   ("cli",),
-  ("evaluate", "pretrain"),
+  ("evaluate", "export", "pretrain"),
   ("main",),
 )
 
 # The same inside packages.
 PACKAGES = {
-  "models": (("architectures",), ("lora",), ("decoder",), ("prefix", "hf"), ("__init__",)),
+  "models": (
+    ("rotary", "quantization"),
+    ("architectures",),
+    ("hub", "weights", "gguf_families", "gguf_file", "gguf_tokenizer"),
+    ("gguf", "lora"),
+    ("decoder",),
+    ("prefix", "hf"),
+    ("__init__",),
+  ),
   "datasets": (("__init__",), ("expressions",), ("arithmetic", "arithmetic_corpus")),
   "tasks": (("arith",), ("__init__",)),
   "evaluators": (("__init__",), ("accuracy", "posterior"), ("suite",)),

@@ -76,25 +76,51 @@ def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:
   )
 
 
+_GPT = {
+  "n_embd": 32,
+  "n_layer": 2,
+  "n_head": 4,
+  "n_positions": 256,
+  "activation_function": "gelu_new",
+  "attn_pdrop": 0.0,
+  "embd_pdrop": 0.0,
+  "resid_pdrop": 0.0,
+}
+_MODERN = {
+  "hidden_size": 32,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 4,
+  "num_key_value_heads": 2,
+  "head_dim": 8,
+  "intermediate_size": 48,
+  "max_position_embeddings": 256,
+  "hidden_act": "silu",
+  "rms_norm_eps": 1e-5,
+  "rope_theta": 1000.0,
+  "tie_word_embeddings": False,
+}
+_OWN_NAMES = ("head_dim", "num_key_value_heads", "rms_norm_eps", "rope_theta")  # that GPT-NeoX lacks or calls otherwise
+_FAMILY_FIELDS = {
+  "gptj": _GPT | {"architectures": ["GPTJForCausalLM"], "rotary_dim": 4, "tie_word_embeddings": False},
+  "gpt2": _GPT | {"architectures": ["GPT2LMHeadModel"], "tie_word_embeddings": True},
+  "gpt_neox": {k: v for k, v in _MODERN.items() if k not in _OWN_NAMES}
+  | {"architectures": ["GPTNeoXForCausalLM"], "hidden_act": "gelu", "layer_norm_eps": 1e-5}
+  | {"rotary_pct": 0.5, "rotary_emb_base": 1000},
+  "llama": _MODERN | {"architectures": ["LlamaForCausalLM"]},
+  "mistral": _MODERN | {"architectures": ["MistralForCausalLM"], "sliding_window": 5},
+  "qwen2": {k: v for k, v in _MODERN.items() if k != "head_dim"}
+  | {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+  "qwen3": _MODERN | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+  "gemma": _MODERN
+  | {"architectures": ["GemmaForCausalLM"], "hidden_act": "gelu_pytorch_tanh", "tie_word_embeddings": True},
+}
+FAMILIES = tuple(_FAMILY_FIELDS)
+
+
 def tiny_hf_config(family: str = "gptj", **overrides) -> dict:
   """config.json's fields of a model with 2 layers, 32 channels, 4 heads of 8, and the tiny tokenizer's vocabulary."""
-  config = {
-    "model_type": family,
-    "architectures": [{"gptj": "GPTJForCausalLM", "gpt2": "GPT2LMHeadModel"}[family]],
-    "vocab_size": len(tiny_tokenizer()),
-    "n_embd": 32,
-    "n_layer": 2,
-    "n_head": 4,
-    "n_positions": 256,
-    "activation_function": "gelu_new",
-    "tie_word_embeddings": family == "gpt2",
-    "attn_pdrop": 0.0,
-    "embd_pdrop": 0.0,
-    "resid_pdrop": 0.0,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-  }
-  return config | ({"rotary_dim": 4} if family == "gptj" else {}) | overrides
+  shared = {"model_type": family, "vocab_size": len(tiny_tokenizer()), "bos_token_id": 0, "eos_token_id": 0}
+  return shared | _FAMILY_FIELDS[family] | overrides
 
 
 def tiny_pretrained(seed: int = 0, family: str = "gptj", **overrides) -> Pretrained:
@@ -102,17 +128,20 @@ def tiny_pretrained(seed: int = 0, family: str = "gptj", **overrides) -> Pretrai
 
   Args:
     seed: of its parameters.
-    family: "gptj" (rotary, untied) or "gpt2" (learned positions, tied).
+    family: one of `FAMILIES`.
     **overrides: fields of config.json, as `n_layer=3`.
   """
-  config = read_config(tiny_hf_config(family, **overrides))
+  hf_config = tiny_hf_config(family, **overrides)
+  config = read_config(hf_config)
   rng = np.random.default_rng(seed)
   shapes = flax.traverse_util.flatten_dict(jax.eval_shape(lambda: init_params(config, jax.random.key(0))))
+  scale = 0.0 if config.norm == "rms_plus_one" else 1.0
   params = {
-    path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape) + (path[-1] == "scale"), jnp.float32)
+    path: jnp.asarray(0.3 * rng.standard_normal(leaf.shape) + scale * (path[-1] == "scale"), jnp.float32)
     for path, leaf in sorted(shapes.items())
   }
-  return Pretrained(config, flax.traverse_util.unflatten_dict(params), tiny_tokenizer(), f"tiny/{family}")
+  params = flax.traverse_util.unflatten_dict(params)
+  return Pretrained(config, params, tiny_tokenizer(), f"tiny/{family}", hf_config=hf_config)
 
 
 def random_lora(pretrained: Pretrained, targets: tuple[str, ...] = (), rank: int = 4, seed: int = 0, **options) -> Lora:
@@ -150,7 +179,8 @@ def torch_model(hf_config, seed=0):
   model = transformers.AutoModelForCausalLM.from_config(config).eval()
   with torch.no_grad():
     for name, parameter in model.named_parameters():
-      parameter.normal_(0.0, 0.3).add_(1.0 if ".ln_" in name and name.endswith("weight") else 0.0)
+      is_scale = (".ln_" in name or "norm" in name) and name.endswith("weight")
+      parameter.normal_(0.0, 0.3).add_(1.0 if is_scale and hf_config["model_type"] != "gemma" else 0.0)
   return model
 
 

@@ -4,16 +4,32 @@ A family is a row of `ARCHITECTURES`: how its config.json is read, and under whi
 decoder never asks for a family; it reads a `ModelConfig`.
 """
 
+from collections import UserDict
 from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
 
+from gfn_jax.models.rotary import Llama3Scaling, Rotary
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-  """The decoder's own description of a model. Sizes are counts; `rotary_dim` 0 means learned positions."""
+  """The decoder's own description of a model. Sizes are counts.
+
+  Attributes:
+    norm: "layer", "rms", or "rms_plus_one" (Gemma keeps its scales less 1).
+    residual: "sequential" (the MLP reads what attention has written), "parallel" (both read the layer's input, each
+      normed by itself), or "parallel_shared" (by one norm).
+    rotary: of queries and keys; None for learned positions.
+    fused_qkv: how one projection writes q, k and v: "concatenated" (GPT-2), "per_head" (GPT-NeoX), "" for three.
+    gated_mlp: down(activation(gate x) * up x) in place of down(activation(up x)).
+    qk_norm: an RMS norm on each head's queries and keys.
+    biased: the projections that have a bias.
+    embedding_scale: what token embeddings are multiplied by.
+    sliding_window: how many tokens back a token sees, itself counted; None for all.
+  """
 
   family: str
   vocab_size: int
@@ -25,19 +41,25 @@ class ModelConfig:
   mlp_size: int
   max_positions: int
   activation: str
+  norm: str
   norm_eps: float
-  parallel_residual: bool  # attention and MLP read the same normed input (GPT-J)
-  rotary_dim: int
-  fused_qkv: bool  # one projection writes q, k and v (GPT-2's c_attn)
-  attention_bias: bool
-  head_bias: bool
+  residual: str
+  rotary: Rotary | None
   tied_embeddings: bool
+  fused_qkv: str = ""
+  gated_mlp: bool = False
+  qk_norm: bool = False
+  biased: tuple[str, ...] = ()
+  head_bias: bool = False
+  embedding_scale: float = 1.0
+  sliding_window: int | None = None
 
   def projections(self) -> dict[str, tuple[int, int]]:
     """name -> (inputs, outputs) of every linear map of a layer; the names that LoRA can adapt."""
     d, q, kv = self.hidden_size, self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
     attention = {"qkv": (d, q + 2 * kv)} if self.fused_qkv else {"q": (d, q), "k": (d, kv), "v": (d, kv)}
-    return {**attention, "o": (q, d), "up": (d, self.mlp_size), "down": (self.mlp_size, d)}
+    gate = {"gate": (d, self.mlp_size)} if self.gated_mlp else {}
+    return {**attention, "o": (q, d), **gate, "up": (d, self.mlp_size), "down": (self.mlp_size, d)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +67,7 @@ class Module:
   """Where a module of ours stands in a checkpoint. `kind` decides leaf names and the orientation of kernels."""
 
   hf_name: str  # "{}" stands for the layer
-  kind: str  # linear (torch keeps [out, in]), conv1d (torch [in, out], Flax [out, in]), norm, embedding
+  kind: str  # linear (torch keeps [out, in]), conv1d (torch [in, out], Flax [out, in]), norm, rms_norm, embedding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,70 +75,208 @@ class Architecture:
   """A family.
 
   Attributes:
-    read_config: config.json -> ModelConfig.
-    modules: path in our tree ("layers.q") -> Module.
+    read_config: config.json -> ModelConfig. What it reads is honoured.
+    modules: path in our tree ("layers.q") -> Module; a model has those that its config asks for.
     optional_prefix: what some checkpoints leave out of every name.
+    defaults: what config.json may leave out.
     required: options of config.json that the decoder honours at these values only; absent means the first.
+    ignored: options of this family that change nothing where the required ones hold.
   """
 
   read_config: Callable[[Mapping[str, Any]], ModelConfig]
   modules: Mapping[str, Module]
   optional_prefix: str
+  defaults: Mapping[str, Any]
   required: Mapping[str, tuple[Any, ...]]
+  ignored: tuple[str, ...] = ()
 
 
 ACTIVATIONS = {
   "gelu_new": lambda x: nn.gelu(x, approximate=True),
   "gelu_pytorch_tanh": lambda x: nn.gelu(x, approximate=True),
+  "gelu_fast": lambda x: nn.gelu(x, approximate=True),
   "gelu": lambda x: nn.gelu(x, approximate=False),
   "relu": nn.relu,
   "silu": nn.silu,
 }
 
+# Options that say nothing about what a trained model computes: training, generation, bookkeeping.
+_IGNORED = frozenset((
+  "architectures", "model_type", "transformers_version", "transformers.js_config", "torch_dtype", "dtype", "use_cache",
+  "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "initializer_range",
+  "attention_dropout", "hidden_dropout", "classifier_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop",
+  "task_specific_params", "pretraining_tp", "n_ctx", "is_llama_config", "id2label", "label2id", "problem_type",
+  "tokenizer_class", "prefix", "return_dict", "chunk_size_feed_forward", "max_length", "min_length", "temperature",
+  "top_k", "top_p", "repetition_penalty", "num_beams", "do_sample", "cache_implementation", "unsloth_fixed",
+  "unsloth_version",
+))  # fmt: skip
+_IGNORED_PREFIXES = ("_", "summary_")
 
-def _gptj_config(c: Mapping[str, Any]) -> ModelConfig:
+_ROPE_FIELDS = {  # rope_type -> the fields that belong to it
+  "default": (),
+  "linear": ("factor",),
+  "llama3": tuple(f.name for f in dataclasses.fields(Llama3Scaling)),
+}
+
+
+def _read_rotary(c: Mapping[str, Any], head_dim: int) -> Rotary:
+  """transformers 5 keeps everything in `rope_parameters`; before, scaling stood apart from theta and share."""
+  options = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+  thetas = options.pop("rope_theta", None), c.get("rope_theta"), c.get("rotary_emb_base"), 10_000.0
+  shares = options.pop("partial_rotary_factor", None), c.get("partial_rotary_factor"), c.get("rotary_pct"), 1.0
+  theta, share = next(filter(None, thetas)), next(filter(None, shares))
+  kinds = {options.pop("rope_type", None), options.pop("type", None)} - {None} or {"default"}
+  kind = min(kinds)
+  if len(kinds) > 1 or kind not in _ROPE_FIELDS:
+    choices = ", ".join(_ROPE_FIELDS)
+    raise ValueError(f"rope_type {' and '.join(sorted(kinds))!r} is not supported: choose from {choices}")
+  values = {name: options.pop(name) for name in _ROPE_FIELDS[kind] if options.get(name) is not None}
+  if kind == "llama3":
+    values.setdefault("original_max_position_embeddings", c["max_position_embeddings"])
+  for name in _ROPE_FIELDS[kind]:
+    if name not in values:
+      raise ValueError(f"rope_type {kind!r} lacks the field {name!r}")
+  for name, value in options.items():
+    if value is not None:
+      raise ValueError(f"rope_type {kind!r} has the field {name}={value!r}, which is not supported")
+  scaling = Llama3Scaling(**values) if kind == "llama3" else values.get("factor")
+  return Rotary(int(head_dim * share), float(theta), scaling=scaling)
+
+
+def _gpt_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
+  """What GPT-2 and GPT-J have in common."""
   return ModelConfig(
-    family="gptj",
+    family=family,
     vocab_size=c["vocab_size"],
     hidden_size=c["n_embd"],
     num_layers=c["n_layer"],
     num_heads=c["n_head"],
     num_kv_heads=c["n_head"],
     head_dim=c["n_embd"] // c["n_head"],
-    mlp_size=c.get("n_inner") or 4 * c["n_embd"],
+    mlp_size=c["n_inner"] or 4 * c["n_embd"],
     max_positions=c["n_positions"],
-    activation=c.get("activation_function", "gelu_new"),
-    norm_eps=c.get("layer_norm_epsilon", 1e-5),
-    parallel_residual=True,
-    rotary_dim=c.get("rotary_dim", 64) or c["n_embd"] // c["n_head"],
-    fused_qkv=False,
-    attention_bias=False,
-    head_bias=True,
-    tied_embeddings=c.get("tie_word_embeddings", False),
+    activation=c["activation_function"],
+    norm="layer",
+    norm_eps=c["layer_norm_epsilon"],
+    tied_embeddings=c["tie_word_embeddings"],
+    **fields,
   )
+
+
+def _gptj_config(c: Mapping[str, Any]) -> ModelConfig:
+  rotary = Rotary(c["rotary_dim"] or c["n_embd"] // c["n_head"], interleaved=True)
+  return _gpt_config(
+    c, "gptj", residual="parallel_shared", rotary=rotary, biased=("up", "down"), head_bias=True
+  )  # fmt: skip
 
 
 def _gpt2_config(c: Mapping[str, Any]) -> ModelConfig:
-  return ModelConfig(
-    family="gpt2",
-    vocab_size=c["vocab_size"],
-    hidden_size=c["n_embd"],
-    num_layers=c["n_layer"],
-    num_heads=c["n_head"],
-    num_kv_heads=c["n_head"],
-    head_dim=c["n_embd"] // c["n_head"],
-    mlp_size=c.get("n_inner") or 4 * c["n_embd"],
-    max_positions=c["n_positions"],
-    activation=c.get("activation_function", "gelu_new"),
-    norm_eps=c.get("layer_norm_epsilon", 1e-5),
-    parallel_residual=False,
-    rotary_dim=0,
-    fused_qkv=True,
-    attention_bias=True,
-    head_bias=False,
-    tied_embeddings=c.get("tie_word_embeddings", True),
+  biased = ("qkv", "o", "up", "down")
+  return _gpt_config(c, "gpt2", residual="sequential", rotary=None, fused_qkv="concatenated", biased=biased)
+
+
+def _modern_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
+  """What the later families have in common, as Llama has it; `fields` say what differs."""
+  heads = c["num_attention_heads"]
+  head_dim = c.get("head_dim") or c["hidden_size"] // heads
+  return ModelConfig(**{
+    "family": family,
+    "vocab_size": c["vocab_size"],
+    "hidden_size": c["hidden_size"],
+    "num_layers": c["num_hidden_layers"],
+    "num_heads": heads,
+    "num_kv_heads": c.get("num_key_value_heads") or heads,
+    "head_dim": head_dim,
+    "mlp_size": c["intermediate_size"],
+    "max_positions": c["max_position_embeddings"],
+    "activation": c["hidden_act"],
+    "norm": "rms",
+    "norm_eps": c.get("rms_norm_eps"),
+    "residual": "sequential",
+    "rotary": _read_rotary(c, head_dim),
+    "tied_embeddings": c["tie_word_embeddings"],
+    "gated_mlp": True,
+  } | fields)  # fmt: skip
+
+
+def _gpt_neox_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(
+    c, "gpt_neox", norm="layer", norm_eps=c["layer_norm_eps"], gated_mlp=False, fused_qkv="per_head",
+    residual="parallel" if c["use_parallel_residual"] else "sequential",
+    biased=(("qkv", "o") if c["attention_bias"] else ()) + ("up", "down"),
+  )  # fmt: skip
+
+
+def _attention_bias(c: Mapping[str, Any]) -> tuple[str, ...]:
+  return ("q", "k", "v", "o") if c["attention_bias"] else ()
+
+
+def _llama_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(c, "llama", biased=_attention_bias(c) + (("gate", "up", "down") if c["mlp_bias"] else ()))
+
+
+def _mistral_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(c, "mistral", sliding_window=c["sliding_window"])
+
+
+def _qwen2_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(c, "qwen2", biased=("q", "k", "v"))
+
+
+def _qwen3_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(c, "qwen3", biased=_attention_bias(c), qk_norm=True)
+
+
+def _gemma_config(c: Mapping[str, Any]) -> ModelConfig:
+  return _modern_config(
+    c, "gemma", activation="gelu_pytorch_tanh", norm="rms_plus_one", biased=_attention_bias(c),
+    embedding_scale=c["hidden_size"] ** 0.5,
+  )  # fmt: skip
+
+
+_GPT_DEFAULTS = {
+  "n_inner": None,
+  "activation_function": "gelu_new",
+  "layer_norm_epsilon": 1e-5,
+}
+_MODERN_DEFAULTS = {
+  "hidden_act": "silu",
+  "rms_norm_eps": 1e-6,
+  "tie_word_embeddings": False,
+  "attention_bias": False,
+}
+_LLAMA_MODULES = {
+  "embed": Module("model.embed_tokens", "embedding"),
+  "layers.attention_norm": Module("model.layers.{}.input_layernorm", "rms_norm"),
+  "layers.q": Module("model.layers.{}.self_attn.q_proj", "linear"),
+  "layers.k": Module("model.layers.{}.self_attn.k_proj", "linear"),
+  "layers.v": Module("model.layers.{}.self_attn.v_proj", "linear"),
+  "layers.q_norm": Module("model.layers.{}.self_attn.q_norm", "rms_norm"),
+  "layers.k_norm": Module("model.layers.{}.self_attn.k_norm", "rms_norm"),
+  "layers.o": Module("model.layers.{}.self_attn.o_proj", "linear"),
+  "layers.mlp_norm": Module("model.layers.{}.post_attention_layernorm", "rms_norm"),
+  "layers.gate": Module("model.layers.{}.mlp.gate_proj", "linear"),
+  "layers.up": Module("model.layers.{}.mlp.up_proj", "linear"),
+  "layers.down": Module("model.layers.{}.mlp.down_proj", "linear"),
+  "final_norm": Module("model.norm", "rms_norm"),
+  "head": Module("lm_head", "linear"),
+}
+
+
+def _like_llama(read, defaults=(), required=(), ignored=()) -> Architecture:
+  return Architecture(
+    read_config=read,
+    modules=_LLAMA_MODULES,
+    optional_prefix="model.",
+    defaults=_MODERN_DEFAULTS | dict(defaults),
+    required={"hidden_act": tuple(ACTIVATIONS)} | dict(required),
+    ignored=ignored,
   )
 
+
+# Windows of some layers alone: transformers turns them off unless `use_sliding_window` is set.
+_NO_WINDOW = {"use_sliding_window": (False,)}
+_WINDOW_FIELDS = ("sliding_window", "max_window_layers", "layer_types")
 
 ARCHITECTURES: dict[str, Architecture] = {
   "gptj": Architecture(
@@ -134,11 +294,13 @@ ARCHITECTURES: dict[str, Architecture] = {
       "head": Module("lm_head", "linear"),
     },
     optional_prefix="transformer.",
+    defaults=_GPT_DEFAULTS | {"rotary_dim": 64, "tie_word_embeddings": False},
     required={
       "scale_attn_weights": (True,),
       "tie_word_embeddings": (False,),
       "activation_function": tuple(ACTIVATIONS),
     },
+    ignored=("rotary",),  # of the first GPT-J configs; the model is rotary whatever it says
   ),
   "gpt2": Architecture(
     read_config=_gpt2_config,
@@ -155,14 +317,65 @@ ARCHITECTURES: dict[str, Architecture] = {
       "head": Module("lm_head", "linear"),
     },
     optional_prefix="transformer.",
+    defaults=_GPT_DEFAULTS | {"tie_word_embeddings": True},
     required={
       "scale_attn_weights": (True,),
       "scale_attn_by_inverse_layer_idx": (False,),
       "add_cross_attention": (False,),
       "activation_function": tuple(ACTIVATIONS),
     },
+    ignored=("reorder_and_upcast_attn",),  # scores are float32 here in any case
+  ),
+  "gpt_neox": Architecture(
+    read_config=_gpt_neox_config,
+    modules={
+      "embed": Module("gpt_neox.embed_in", "embedding"),
+      "layers.attention_norm": Module("gpt_neox.layers.{}.input_layernorm", "norm"),
+      "layers.qkv": Module("gpt_neox.layers.{}.attention.query_key_value", "linear"),
+      "layers.o": Module("gpt_neox.layers.{}.attention.dense", "linear"),
+      "layers.mlp_norm": Module("gpt_neox.layers.{}.post_attention_layernorm", "norm"),
+      "layers.up": Module("gpt_neox.layers.{}.mlp.dense_h_to_4h", "linear"),
+      "layers.down": Module("gpt_neox.layers.{}.mlp.dense_4h_to_h", "linear"),
+      "final_norm": Module("gpt_neox.final_layer_norm", "norm"),
+      "head": Module("embed_out", "linear"),
+    },
+    optional_prefix="gpt_neox.",
+    defaults=_MODERN_DEFAULTS
+    | {
+      "hidden_act": "gelu",
+      "layer_norm_eps": 1e-5,
+      "use_parallel_residual": True,
+      "attention_bias": True,
+      "rotary_pct": 0.25,
+    },
+    required={"hidden_act": tuple(ACTIVATIONS)},
+  ),
+  "llama": _like_llama(_llama_config, defaults={"mlp_bias": False}, required={"rope_interleaved": (False,)}),
+  "mistral": _like_llama(_mistral_config, defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
+  "qwen2": _like_llama(_qwen2_config, required=_NO_WINDOW, ignored=_WINDOW_FIELDS),
+  "qwen3": _like_llama(_qwen3_config, defaults={"head_dim": 128}, required=_NO_WINDOW, ignored=_WINDOW_FIELDS),
+  "gemma": _like_llama(
+    _gemma_config,
+    defaults={"head_dim": 256, "tie_word_embeddings": True},
+    # The first releases said "gelu" and meant its tanh approximation.
+    required={"hidden_act": ("gelu_pytorch_tanh", "gelu"), "hidden_activation": ("gelu_pytorch_tanh", None)},
   ),
 }
+
+
+class _Options(UserDict):
+  """config.json's fields; remembers which were read, and so are honoured."""
+
+  def __init__(self, fields: Mapping[str, Any]):
+    super().__init__(fields)
+    self.read: set[str] = set()
+
+  def __getitem__(self, name: str) -> Any:
+    self.read.add(name)
+    return super().__getitem__(name)
+
+  def get(self, name: str, default: Any = None) -> Any:
+    return self[name] if name in self else default
 
 
 def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -174,16 +387,26 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
   family = hf_config.get("model_type")
   if family not in ARCHITECTURES:
     raise ValueError(f"model_type {family!r} is not supported: choose one of {', '.join(ARCHITECTURES)}")
+  if hf_config.get("auto_map"):
+    raise ValueError("config.json asks for Python code of its own (auto_map, trust_remote_code), which is never run")
   architecture = ARCHITECTURES[family]
   for option, allowed in architecture.required.items():
     if hf_config.get(option, allowed[0]) not in allowed:
       raise ValueError(
         f"{family} option {option}={hf_config[option]!r} is not supported: must be {' or '.join(map(repr, allowed))}"
       )
+  options = _Options({**architecture.defaults, **hf_config})
   try:
-    return architecture.read_config(hf_config)
+    config = architecture.read_config(options)
   except KeyError as e:
     raise ValueError(f"config.json of a {family} model lacks the field {e.args[0]!r}") from None
+  except (TypeError, ZeroDivisionError) as e:
+    raise ValueError(f"config.json of a {family} model holds a value of the wrong kind: {e}") from None
+  known = options.read | _IGNORED | {*architecture.required, *architecture.ignored, *architecture.defaults}
+  for option, value in hf_config.items():
+    if value and option not in known and not option.startswith(_IGNORED_PREFIXES):  # what is off changes nothing
+      raise ValueError(f"{family} option {option}={str(value)[:80]} is not supported")
+  return config
 
 
 def lora_targets(config: ModelConfig, targets: tuple[str, ...]) -> tuple[str, ...]:

@@ -17,10 +17,19 @@ from jaxtyping import Array, Bool, Float, Int
 
 from gfn_jax.models.architectures import ACTIVATIONS, ModelConfig
 from gfn_jax.models.lora import Lora, LoraConfig
+from gfn_jax.models.quantization import matmul
+from gfn_jax.models.rotary import frequencies, rotate
 
 # Up to so many layers are written out one after another where a gradient is wanted: a loop stacks what the backward
 # pass needs, and CPUs copy that stack at every layer (0.57 s a pretraining step, 0.40 s without).
 MAX_UNROLLED = 8
+
+# What the backward pass computes again rather than keeps, a layer at a time.
+REMATS = {
+  "none": None,
+  "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # keeps the results of projections
+  "full": jax.checkpoint_policies.nothing_saveable,  # keeps a layer's input alone
+}
 
 _MASKED = -1e30  # finite, so that a fully masked row (padding) gives no NaN
 
@@ -40,10 +49,12 @@ class Segment:
   Attributes:
     kv: KeyValues [L, *shared, H, M, Dh], where `shared` is a leading part of the new tokens' `lead`.
     mask: bool, broadcastable to [*lead, N, M]: which key each new token sees.
+    positions: int, broadcastable likewise: where each key stands; a sliding window asks.
   """
 
   kv: KeyValues
   mask: Any
+  positions: Any
 
 
 def attend(
@@ -92,15 +103,6 @@ def attend(
   return (out / total).astype(query.dtype)
 
 
-def rotate(x: Float[Array, "*lead N H Dh"], cos: Array, sin: Array) -> Float[Array, "*lead N H Dh"]:
-  """Rotary embedding of the first 2 * cos.shape[-1] channels, neighbours paired (GPT-J)."""
-  rotary, rest = jnp.split(x, [2 * cos.shape[-1]], axis=-1)
-  even, odd = rotary[..., 0::2], rotary[..., 1::2]
-  cos, sin = cos[..., None, :], sin[..., None, :]
-  turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(rotary.shape)
-  return jnp.concatenate([turned.astype(x.dtype), rest], axis=-1)
-
-
 class Projection(nn.Module):
   """x W + b, and the adapter's (alpha / r) (x A) B where the variables hold one for this projection."""
 
@@ -113,7 +115,7 @@ class Projection(nn.Module):
   def __call__(self, x: Array, deterministic: bool) -> Array:
     kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
     x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # one contracted axis: its gradient is one plain matrix product
-    y = x @ kernel
+    y = matmul(x, kernel)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
     if self.has_variable("lora", "lora_a"):
@@ -121,6 +123,28 @@ class Projection(nn.Module):
       h = nn.Dropout(self.lora.dropout)(x, deterministic=deterministic).astype(a.dtype)
       y = y + (self.lora.scale * ((h @ a) @ b)).astype(y.dtype)
     return y.reshape(*lead, self.features)
+
+
+class RMSNorm(nn.Module):
+  """x over its root mean square, in float32, times `scale` (+ 1 where `plus_one`)."""
+
+  epsilon: float
+  plus_one: bool
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: Array) -> Array:
+    start = nn.initializers.zeros if self.plus_one else nn.initializers.ones
+    scale = self.param("scale", start, x.shape[-1:], self.dtype).astype(jnp.float32)
+    normed = nn.RMSNorm(epsilon=self.epsilon, use_scale=False, dtype=jnp.float32)(x)
+    return (normed * (1 + scale if self.plus_one else scale)).astype(self.dtype)
+
+
+def make_norm(config: ModelConfig, dtype: Any, name: str | None = None) -> nn.Module:
+  """The norm that this model has everywhere."""
+  if config.norm == "layer":
+    return nn.LayerNorm(epsilon=config.norm_eps, dtype=dtype, param_dtype=dtype, name=name)
+  return RMSNorm(config.norm_eps, config.norm == "rms_plus_one", dtype, name=name)
 
 
 class Layer(nn.Module):
@@ -134,41 +158,50 @@ class Layer(nn.Module):
   def __call__(self, x, rotary, self_mask, segments, masks, deterministic):
     c = self.config
 
-    def project(name, inputs, use_bias):
+    def project(name, inputs):
       features = c.projections()[name][1]
-      return Projection(features, use_bias, self.dtype, self.lora, name=name)(inputs, deterministic)
+      return Projection(features, name in c.biased, self.dtype, self.lora, name=name)(inputs, deterministic)
 
-    def norm(name):
-      return nn.LayerNorm(epsilon=c.norm_eps, dtype=self.dtype, param_dtype=self.dtype, name=name)
+    def norm(name, inputs):
+      return make_norm(c, self.dtype, name)(inputs)
 
-    normed = norm("attention_norm")(x)
-    if c.fused_qkv:
+    normed = norm("attention_norm", x)
+    lead = x.shape[:-1]
+    if c.fused_qkv == "concatenated":
       q_size, kv_size = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
-      q, k, v = jnp.split(project("qkv", normed, c.attention_bias), [q_size, q_size + kv_size], axis=-1)
+      q, k, v = jnp.split(project("qkv", normed), [q_size, q_size + kv_size], axis=-1)
+    elif c.fused_qkv == "per_head":
+      q, k, v = jnp.split(project("qkv", normed).reshape(*lead, c.num_heads, 3 * c.head_dim), 3, axis=-1)
     else:
-      q, k, v = (project(name, normed, c.attention_bias) for name in "qkv")
-    q = q.reshape(*x.shape[:-1], c.num_heads, c.head_dim)
-    k = k.reshape(*x.shape[:-1], c.num_kv_heads, c.head_dim)
+      q, k, v = (project(name, normed) for name in "qkv")
+    q = q.reshape(*lead, c.num_heads, c.head_dim)
+    k = k.reshape(*lead, c.num_kv_heads, c.head_dim)
     v = v.reshape(k.shape)
-    if c.rotary_dim:
-      q, k = rotate(q, *rotary), rotate(k, *rotary)
+    if c.qk_norm:
+      q, k = norm("q_norm", q), norm("k_norm", k)
+    if c.rotary:
+      q, k = rotate(q, *rotary, c.rotary.interleaved), rotate(k, *rotary, c.rotary.interleaved)
     # Heads before tokens: keys as the matrix product reads them, [*lead, H, N, Dh]; a group's query heads become rows.
     group = c.num_heads // c.num_kv_heads
     k, v = jnp.moveaxis(k, -2, -3), jnp.moveaxis(v, -2, -3)
-    q = jnp.moveaxis(q.reshape(*x.shape[:-1], c.num_kv_heads, group, c.head_dim), -4, -3)
+    q = jnp.moveaxis(q.reshape(*lead, c.num_kv_heads, group, c.head_dim), -4, -3)
     rows = (*k.shape[:-2], -1, c.head_dim)
     read = [(kv.keys, kv.values, jnp.repeat(mask, group, axis=-2) if mask.shape[-2] > 1 else mask) for kv, mask in
             (*zip(segments, masks), (KeyValues(k, v), self_mask))]  # fmt: skip
     attended = jnp.moveaxis(attend(q.reshape(rows), read).reshape(q.shape), -3, -4)
-    attended = project("o", attended.reshape(*x.shape[:-1], -1), c.attention_bias)
+    attended = project("o", attended.reshape(*lead, -1))
 
-    if c.parallel_residual:
-      inputs = normed
-    else:
+    if c.residual == "sequential":
       x = x + attended
-      inputs, attended = norm("mlp_norm")(x), 0.0
-    hidden = ACTIVATIONS[c.activation](project("up", inputs, True))
-    return x + attended + project("down", hidden, True), KeyValues(k, v)
+      inputs, attended = norm("mlp_norm", x), 0.0
+    else:
+      inputs = normed if c.residual == "parallel_shared" else norm("mlp_norm", x)
+    activation = ACTIVATIONS[c.activation]
+    if c.gated_mlp:
+      hidden = activation(project("gate", inputs)) * project("up", inputs)
+    else:
+      hidden = activation(project("up", inputs))
+    return x + attended + project("down", hidden), KeyValues(k, v)
 
 
 # bfloat16 logits of 16 to 32 would be 0.125 apart: the products are summed, and stay, in float32.
@@ -185,21 +218,24 @@ class Decoder(nn.Module):
   dtype: Any = jnp.float32
   lora: LoraConfig | None = None
   unroll: bool = False
+  remat: str = "none"
 
   def setup(self):
     c = self.config
     self.embed = nn.Embed(c.vocab_size, c.hidden_size, param_dtype=self.dtype, dtype=self.dtype)
-    if not c.rotary_dim:
+    if not c.rotary:
       self.position_embed = nn.Embed(c.max_positions, c.hidden_size, param_dtype=self.dtype, dtype=self.dtype)
+    policy = REMATS[self.remat]
     self.layers = nn.scan(
-      Layer,
+      # The last argument, `deterministic`, is static.
+      Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(6,)),
       variable_axes={"params": 0, "lora": 0},
       split_rngs={"params": True, "dropout": True},
       in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
       length=c.num_layers,
       unroll=c.num_layers if self.unroll and c.num_layers <= MAX_UNROLLED else 1,
     )(c, self.dtype, self.lora)
-    self.final_norm = nn.LayerNorm(epsilon=c.norm_eps, dtype=self.dtype, param_dtype=self.dtype)
+    self.final_norm = make_norm(c, self.dtype)
     if not c.tied_embeddings:
       self.head_projection = nn.Dense(
         c.vocab_size, use_bias=c.head_bias, dtype=self.dtype, param_dtype=self.dtype,
@@ -209,14 +245,19 @@ class Decoder(nn.Module):
   def __call__(self, tokens, positions, self_mask, segments=(), deterministic=True):
     c = self.config
     x = self.embed(tokens)
+    if c.embedding_scale != 1.0:
+      x = x * jnp.asarray(c.embedding_scale, self.dtype)
     rotary = None
-    if c.rotary_dim:
-      frequencies = 10_000.0 ** -(jnp.arange(0, c.rotary_dim, 2) / c.rotary_dim)
-      angles = positions[..., None] * frequencies
+    if c.rotary:
+      angles = positions[..., None] * frequencies(c.rotary)
       rotary = jnp.cos(angles), jnp.sin(angles)
     else:
       x = x + self.position_embed(positions)
     kvs, masks = tuple(s.kv for s in segments), tuple(s.mask for s in segments)
+    if c.sliding_window:
+      near = lambda keys: positions[..., None] - keys < c.sliding_window  # noqa: E731
+      masks = tuple(s.mask & near(s.positions) for s in segments)
+      self_mask = self_mask & near(positions[..., None, :])
     x, kv = self.layers(x, rotary, self_mask, kvs, masks, deterministic)
     return self.final_norm(x), kv
 
@@ -252,8 +293,8 @@ def param_dtype(params: dict) -> jnp.dtype:
   return params["embed"]["embedding"].dtype
 
 
-def _bind(config: ModelConfig, params: dict, lora: Lora | None, unroll: bool):
-  decoder = Decoder(config, param_dtype(params), lora.config if lora else None, unroll)
+def _bind(config: ModelConfig, params: dict, lora: Lora | None, unroll: bool, remat: str):
+  decoder = Decoder(config, param_dtype(params), lora.config if lora else None, unroll, remat)
   return decoder, {"params": params} | ({"lora": lora.params} if lora else {})
 
 
@@ -267,6 +308,7 @@ def hidden_states(
   segments: Sequence[Segment] = (),
   dropout_key: jax.Array | None = None,
   unroll: bool = False,
+  remat: str = "none",
 ) -> tuple[Float[Array, "*lead N D"], KeyValues]:
   """Runs the decoder on new tokens.
 
@@ -277,11 +319,12 @@ def hidden_states(
     segments: earlier tokens.
     dropout_key: turns the adapter's dropout on; for the loss only.
     unroll: writes out the layers of a small model; for what is differentiated.
+    remat: one of `REMATS`; for what is differentiated.
 
   Returns:
     Normed hidden states, and the new tokens' keys and values [L, *lead, H, N, Dh].
   """
-  decoder, variables = _bind(config, params, lora, unroll)
+  decoder, variables = _bind(config, params, lora, unroll, remat)
   rngs = None if dropout_key is None else {"dropout": dropout_key}
   return decoder.apply(variables, tokens, positions, self_mask, segments, dropout_key is None, rngs=rngs)
 

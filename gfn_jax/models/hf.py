@@ -1,90 +1,53 @@
-"""Hugging Face checkpoints in and out: config.json, model.safetensors or flax_model.msgpack, tokenizer.json."""
+"""Hugging Face checkpoints in and out: a folder's config.json, weights and tokenizer, or one .gguf file."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import importlib.resources
 import json
 import os
 import pathlib
 import re
 from typing import Any
 
-import flax.serialization
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 import numpy as np
-from safetensors import SafetensorError, safe_open
 import safetensors.numpy
 
 from gfn_jax.files import read_json, replacing, write_text
 from gfn_jax.models.architectures import ARCHITECTURES, Architecture, ModelConfig, read_config
 from gfn_jax.models.decoder import causal_mask, hidden_states, init_params, output_logits, prompt_positions
+from gfn_jax.models.gguf import read_gguf
+from gfn_jax.models.hub import find_model
 from gfn_jax.models.lora import Lora
+from gfn_jax.models.quantization import QUANTIZATIONS, quantize
+from gfn_jax.models.weights import Tensors, read_tensors
 
-EMBEDDED_PREFIX = "embedded/"  # models that ship with the package
 DTYPES = ("float32", "bfloat16", "float16")
+
+Shardings = Callable[[str], jax.sharding.NamedSharding]  # of a parameter, by its path ("layers.q.kernel")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pretrained:
-  """A base model: its `config`, its `params` (frozen), its `tokenizer` (None where a folder has none), its `source`
-  (what it was loaded by) and its `licence`, as its model card tells it."""
+  """A base model.
+
+  Attributes:
+    config, params: the decoder's own description, and the frozen parameters.
+    tokenizer: None where the checkpoint has none.
+    source: what it was loaded by.
+    licence: as its model card tells it.
+    hf_config: config.json's fields; {} for a model that has none.
+  """
 
   config: ModelConfig
   params: dict
   tokenizer: Any
   source: str
   licence: str = "unknown"
-
-
-def _resolve(name: str | os.PathLike) -> pathlib.Path:
-  """A folder with the model's files: an embedded model, a local folder, or a snapshot of a hub repository."""
-  name = os.fspath(name)
-  if name.startswith(EMBEDDED_PREFIX):
-    root = pathlib.Path(str(importlib.resources.files("gfn_jax"))) / "embedded"
-    shipped = {EMBEDDED_PREFIX + p.name: p for p in root.glob("*/")}  # looked up, never joined: "../x" is no model
-    if name not in shipped:
-      have = ", ".join(sorted(shipped)) or "none"
-      raise ValueError(f"model {name!r} does not ship with this package: choose from {have}")
-    return shipped[name]
-  if pathlib.Path(name).is_dir():
-    return pathlib.Path(name)
-  if name.count("/") != 1 or name.startswith((".", "/", "~")):
-    raise ValueError(f"model {name!r} is no folder, and no hub id (owner/name) either")
-  import huggingface_hub  # only here: everything else works without a network
-
-  try:
-    patterns = ["README.md", "*.json", "*.safetensors", "flax_model*.msgpack", "*.txt", "*.model"]
-    return pathlib.Path(huggingface_hub.snapshot_download(name, allow_patterns=patterns))
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-    reason = str(e).strip().splitlines()[0]
-    raise ValueError(f"model {name!r} is no folder, and could not be fetched from the hub: {reason}") from None
-
-
-def _read_tensors(folder: pathlib.Path) -> tuple[str, Iterator[tuple[str, np.ndarray]]]:
-  """("torch" or "flax" naming, the tensors one at a time)."""
-  safetensors_file, msgpack_file = folder / "model.safetensors", folder / "flax_model.msgpack"
-  if safetensors_file.is_file():
-
-    def read():
-      try:
-        with safe_open(safetensors_file, framework="numpy") as f:
-          for key in f.keys():  # not a dict
-            yield key, f.get_tensor(key)
-      except SafetensorError as e:
-        raise ValueError(f"{safetensors_file} is damaged: {e}") from None
-
-    return "torch", read()
-  if msgpack_file.is_file():
-    try:
-      tree = flax.serialization.msgpack_restore(msgpack_file.read_bytes())
-      return "flax", iter(flax.traverse_util.flatten_dict(tree, sep=".").items())
-    except Exception as e:  # msgpack raises whatever the bytes happen to spell
-      raise ValueError(f"{msgpack_file} is damaged: {type(e).__name__}: {e}") from None
-  raise ValueError(f"{folder} has no weights: model.safetensors or flax_model.msgpack is needed")
+  hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 _LEAVES = {  # kind -> naming -> {leaf in the file: leaf of ours}
@@ -93,6 +56,7 @@ _LEAVES = {  # kind -> naming -> {leaf in the file: leaf of ours}
   "embedding": {"torch": {"weight": "embedding"}, "flax": {"embedding": "embedding"}},
 }
 _LEAVES["conv1d"] = _LEAVES["linear"]
+_LEAVES["rms_norm"] = {"torch": {"weight": "scale"}, "flax": {"weight": "scale"}}
 _TRANSPOSED = {("linear", "torch"), ("conv1d", "flax")}  # files that keep a kernel as [out, in]
 
 
@@ -117,38 +81,80 @@ def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 # Buffers that old checkpoints carry beside the weights.
-_IGNORED = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq", ".attn.embed_positions")
+_IGNORED = (".attn.bias", ".attn.masked_bias", ".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq",
+            ".attn.embed_positions")  # fmt: skip
 
 
-def _load_params(folder: pathlib.Path, config: ModelConfig, dtype: str) -> dict:
+@functools.partial(jax.jit, donate_argnums=0)
+def _write_layer(stack: Any, tensor: Any, layer: Any) -> Any:
+  """One layer's tensor into the stack of all layers, in place."""
+  return jax.tree.map(lambda s, t: jax.lax.dynamic_update_index_in_dim(s, t, layer, 0), stack, tensor)
+
+
+def _empty_stack(tensor: Any, num_layers: int, sharding: jax.sharding.NamedSharding | None) -> Any:
+  """Room for `num_layers` such tensors."""
+  return jax.tree.map(
+    lambda t: jnp.zeros((num_layers, *t.shape), t.dtype, device=_fitting(sharding, (num_layers, *t.shape))), tensor
+  )
+
+
+def _fitting(sharding: jax.sharding.NamedSharding | None, shape: tuple[int, ...], layer: bool = False):
+  """A parameter's sharding for one of its arrays: a scale's axes of size 1 are whole; `layer` drops the layer axis."""
+  if sharding is None:
+    return None
+  spec = [*sharding.spec, *[None] * 4][layer : len(shape) + layer]
+  spec = [None if size == 1 else axis for axis, size in zip(spec, shape)]
+  return jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*spec))
+
+
+def _load_params(
+  naming: str,
+  tensors: Tensors,
+  source: pathlib.Path,
+  config: ModelConfig,
+  dtype: str,
+  quantization: str | None,
+  shardings: Shardings | None,
+) -> dict:
+  """Casts one tensor after another and puts it where it belongs; the host holds no more than that one."""
   architecture = ARCHITECTURES[config.family]
-  naming, tensors = _read_tensors(folder)
   slots, shapes = _slots(config, architecture, naming), _shapes(config)
-  params = {path: np.empty(shape, jnp.dtype(dtype)) for path, shape in shapes.items()}
+  params: dict[str, Any] = {}
   missing, surplus, misshaped = set(slots), [], []
   for name, tensor in tensors:
     full = name if name in slots else architecture.optional_prefix + name
     if full not in slots:
-      tied_head = config.tied_embeddings and name.startswith("lm_head.")
+      tied_head = config.tied_embeddings and name.startswith(architecture.modules["head"].hf_name + ".")
       if not (name.endswith(_IGNORED) or tied_head):
         surplus.append(name)
       continue
-    path, layer, transpose = slots[full]
-    target = params[path] if layer is None else params[path][layer]
-    tensor = tensor.T if transpose else tensor
-    if tensor.shape != target.shape:
-      misshaped.append(f"{name} {tensor.shape} for {target.shape}")
-    else:
-      target[...] = tensor
     missing.discard(full)
+    path, layer, transpose = slots[full]
+    shape = shapes[path] if layer is None else shapes[path][1:]
+    tensor = tensor.T if transpose else tensor
+    if tensor.shape != shape:
+      misshaped.append(f"{name} {tensor.shape} for {shape}")
+      continue
+    tensor = np.ascontiguousarray(tensor, jnp.dtype(dtype))
+    sharding = None if shardings is None else shardings(path)
+    if quantization and layer is not None and path.endswith(".kernel"):
+      tensor = quantize(tensor, quantization)
+    tensor = jax.tree.map(
+      lambda t, s=sharding, stacked=layer is not None: jax.device_put(t, _fitting(s, t.shape, layer=stacked)), tensor
+    )
+    if layer is None:
+      params[path] = tensor
+    else:
+      stack = params.pop(path) if path in params else _empty_stack(tensor, config.num_layers, sharding)
+      params[path] = _write_layer(stack, tensor, layer)
   problems = [
     f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
     for what, names in (("missing", missing), ("surplus", surplus), ("mis-shaped", misshaped))
     if names
   ]
   if problems:
-    raise ValueError(f"the weights in {folder} do not fit its config.json: {'; '.join(problems)}")
-  return flax.traverse_util.unflatten_dict({p: jnp.asarray(v) for p, v in params.items()}, sep=".")
+    raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(problems)}")
+  return flax.traverse_util.unflatten_dict(params, sep=".")
 
 
 def _load_tokenizer(folder: pathlib.Path) -> Any:
@@ -156,8 +162,14 @@ def _load_tokenizer(folder: pathlib.Path) -> Any:
     return None
   import transformers  # seconds to import, and only tokenizers need it
 
-  # BPE loses spaces before punctuation to the clean-up that BERT wanted.
-  return transformers.AutoTokenizer.from_pretrained(folder, clean_up_tokenization_spaces=False)
+  try:
+    # BPE loses spaces before punctuation to the clean-up that BERT wanted.
+    return transformers.AutoTokenizer.from_pretrained(
+      folder, clean_up_tokenization_spaces=False, trust_remote_code=False
+    )
+  except Exception as e:  # tokenizers raises a plain Exception for a damaged file
+    reason = (str(e).strip() or type(e).__name__).splitlines()[0]
+    raise ValueError(f"the tokenizer in {folder} is damaged or not supported: {reason}") from None
 
 
 def _read_licence(folder: pathlib.Path) -> str:
@@ -166,32 +178,53 @@ def _read_licence(folder: pathlib.Path) -> str:
   return found.group(1) if found else "unknown"
 
 
-def load_pretrained(path_or_repo: str | os.PathLike, dtype: str = "float32") -> Pretrained:
-  """Loads a base model from a hub id, a local folder, or the package itself ("embedded/arith-2m").
+def load_pretrained(
+  path_or_repo: str | os.PathLike,
+  dtype: str = "float32",
+  *,
+  revision: str | None = None,
+  quantization: str | None = None,
+  shardings: Shardings | None = None,
+) -> Pretrained:
+  """Loads a base model from a hub id, a local folder, a .gguf file, or the package itself ("embedded/arith-2m").
 
   Args:
-    path_or_repo: where config.json and model.safetensors or flax_model.msgpack stand.
+    path_or_repo: a name as `hub.find_model` takes it; a folder holds config.json and safetensors or Flax msgpack.
     dtype: of the parameters in memory, and of the computation.
+    revision: of a hub repository.
+    quantization: "int8" keeps the layers' kernels in 8 bits with a scale for each output; None for none.
+    shardings: where each parameter goes, by its path; None for the default device.
 
   Raises:
     ValueError: one line that names what is missing, damaged or unsupported.
   """
   if dtype not in DTYPES:
     raise ValueError(f"dtype {dtype!r} is unknown: choose from {', '.join(DTYPES)}")
-  folder = _resolve(path_or_repo)
-  if not (folder / "config.json").is_file():
-    raise ValueError(f"{folder} has no config.json")
-  config = read_config(read_json(folder / "config.json"))
-  params, tokenizer = _load_params(folder, config, dtype), _load_tokenizer(folder)
-  return Pretrained(config, params, tokenizer, os.fspath(path_or_repo), _read_licence(folder))
+  if quantization is not None and quantization not in QUANTIZATIONS:
+    raise ValueError(f"quantization {quantization!r} is unknown: choose from {', '.join(QUANTIZATIONS)}")
+  source = find_model(path_or_repo, revision)
+  if source.is_file():
+    checkpoint = read_gguf(source)
+    hf_config, tokenizer, licence = checkpoint.hf_config, checkpoint.tokenizer(), "unknown"
+    naming, tensors = "torch", checkpoint.tensors()
+  else:
+    if not (source / "config.json").is_file():
+      raise ValueError(f"{source} has no config.json")
+    hf_config, tokenizer, licence = read_json(source / "config.json"), _load_tokenizer(source), _read_licence(source)
+    naming, tensors = read_tensors(source)
+  config = read_config(hf_config)
+  params = _load_params(naming, tensors, source, config, dtype, quantization, shardings)
+  return Pretrained(config, params, tokenizer, os.fspath(path_or_repo), licence, hf_config)
 
 
-def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, hf_config: dict, dtype: str = "float32") -> None:
-  """Writes a folder that `load_pretrained` and transformers load.
+def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, dtype: str = "float32") -> None:
+  """Writes a folder that `load_pretrained` and transformers load: config.json, model.safetensors, the tokenizer.
 
   Args:
-    hf_config: config.json's fields, from which `pretrained.config` was read.
     dtype: on disk.
+
+  Raises:
+    ValueError: the parameters are quantised.
   """
   path = pathlib.Path(path)
   path.mkdir(parents=True, exist_ok=True)
@@ -199,11 +232,14 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, hf_config: 
   tensors = {}
   slots = _slots(pretrained.config, ARCHITECTURES[pretrained.config.family], "torch")
   for name, (ours, layer, transpose) in slots.items():
+    if not isinstance(flat[ours], jax.Array | np.ndarray):
+      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to save it")
     tensor = np.asarray(flat[ours] if layer is None else flat[ours][layer])
     tensors[name] = np.ascontiguousarray(tensor.T if transpose else tensor).astype(jnp.dtype(dtype))
   with replacing(path / "model.safetensors") as temporary:
     safetensors.numpy.save_file(tensors, temporary, metadata={"format": "pt"})
-  write_text(path / "config.json", json.dumps(hf_config | {"dtype": dtype}, indent=2, sort_keys=True) + "\n")
+  hf_config = dict(pretrained.hf_config) | {"dtype": dtype}
+  write_text(path / "config.json", json.dumps(hf_config, indent=2, sort_keys=True) + "\n")
   if pretrained.tokenizer is not None:
     pretrained.tokenizer.save_pretrained(path)
 

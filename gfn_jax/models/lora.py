@@ -52,6 +52,23 @@ def init_lora(model: ModelConfig, config: LoraConfig, key: jax.Array) -> Lora:
   return Lora({"layers": layers}, config)
 
 
+def merge_lora(pretrained: "Pretrained", lora: Lora) -> "Pretrained":
+  """The base with the adapter added into its kernels, in float32 before they are rounded to the base's dtype.
+
+  Raises:
+    ValueError: the base is quantised.
+  """
+  layers = dict(pretrained.params["layers"])
+  for name, leaves in lora.params["layers"].items():
+    kernel = layers[name]["kernel"]
+    if hasattr(kernel, "qvalue"):
+      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to merge an adapter")
+    update = jnp.einsum("lir,lro->lio", leaves["lora_a"], leaves["lora_b"], precision="highest")
+    merged = (kernel.astype(jnp.float32) + lora.config.scale * update).astype(kernel.dtype)
+    layers[name] = {**layers[name], "kernel": merged}
+  return dataclasses.replace(pretrained, params={**pretrained.params, "layers": layers})
+
+
 def _peft_name(model: ModelConfig, projection: str, layer: int, leaf: str) -> str:
   module = ARCHITECTURES[model.family].modules[f"layers.{projection}"].hf_name.format(layer)
   return f"base_model.model.{module}.lora_{leaf}.weight"
@@ -89,11 +106,15 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
   write_text(path / "adapter_config.json", json.dumps(config, indent=2) + "\n")
 
 
-# Options of adapter_config.json that change the mathematics and that we honour at these values only.
-_PEFT_REQUIRED = {
-  "peft_type": ("LORA",), "bias": ("none",), "use_dora": (False,), "rank_pattern": ({},), "alpha_pattern": ({},),
-  "modules_to_save": (None, []), "layers_to_transform": (None,), "lora_bias": (False,),
-}  # fmt: skip
+# Options of adapter_config.json that we honour; those that must have one value; those that say nothing about what a
+# trained adapter computes. Any other that is on is refused.
+_PEFT_READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
+_PEFT_REQUIRED = {"peft_type": "LORA", "bias": "none"}
+_PEFT_IGNORED = (
+  "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+  "inference_mode", "init_lora_weights", "loftq_config", "megatron_core", "peft_version", "qalora_group_size",
+  "revision", "runtime_config", "task_type",
+)  # fmt: skip
 
 
 def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
@@ -111,9 +132,12 @@ def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
     tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
   except SafetensorError as e:
     raise ValueError(f"{path / 'adapter_model.safetensors'} is damaged: {e}") from None
-  for option, allowed in _PEFT_REQUIRED.items():
-    if options.get(option, allowed[0]) not in allowed:
-      raise ValueError(f"{path}: adapter option {option}={options[option]!r} is not supported: must be {allowed[0]!r}")
+  for option, value in options.items():
+    if option in _PEFT_REQUIRED and value != _PEFT_REQUIRED[option]:
+      choice = f"must be {_PEFT_REQUIRED[option]!r}"
+      raise ValueError(f"{path}: adapter option {option}={value!r} is not supported: {choice}")
+    if value and option not in (*_PEFT_READ, *_PEFT_REQUIRED, *_PEFT_IGNORED):
+      raise ValueError(f"{path}: adapter option {option}={value!r} is not supported")
   for option in ("r", "lora_alpha", "target_modules"):
     if option not in options:
       raise ValueError(f"{path}: adapter_config.json lacks the field {option!r}")

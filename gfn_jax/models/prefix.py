@@ -19,7 +19,7 @@ class Prefix:
   Attributes:
     context: KeyValues [L, H, C, Dh] without a query axis, or None.
     prompt: KeyValues [L, Q, H, P, Dh].
-    prompt_mask: bool [Q, P].
+    prompt_mask: bool [Q, P]; prompt_positions: int [Q, P].
     length: int [Q], tokens before Z.
     last_hidden: [Q, D], the hidden state that predicts Z's first token.
   """
@@ -27,6 +27,7 @@ class Prefix:
   context: Any
   prompt: Any
   prompt_mask: Any
+  prompt_positions: Any
   length: Any
   last_hidden: Any
 
@@ -34,16 +35,22 @@ class Prefix:
     """The segments as tokens with `num_lead` leading axes (Q first) read them."""
     segments = []
     if self.context is not None:
-      segments.append(Segment(self.context, jnp.ones((1, self.context.keys.shape[-2]), bool)))
+      segments.append(context_segment(self.context))
     queries, tokens = self.prompt_mask.shape
-    mask = self.prompt_mask.reshape(queries, *(1,) * num_lead, tokens)
-    return [*segments, Segment(self.prompt, mask)]
+    one_row = lambda x: x.reshape(queries, *(1,) * num_lead, tokens)  # noqa: E731
+    return [*segments, Segment(self.prompt, one_row(self.prompt_mask), one_row(self.prompt_positions))]
 
 
 def encode_context(config: ModelConfig, params: dict, lora: Lora | None, tokens: Int[Array, "C"]) -> KeyValues:
   """Keys and values [L, H, C, Dh] of the tokens that stand before every prompt."""
   n = tokens.shape[0]
   return hidden_states(config, params, lora, tokens, jnp.arange(n), causal_mask(n))[1]
+
+
+def context_segment(context: KeyValues) -> Segment:
+  """The context as every later token reads it."""
+  n = context.keys.shape[-2]
+  return Segment(context, jnp.ones((1, n), bool), jnp.arange(n)[None])
 
 
 def encode_prompts(
@@ -54,15 +61,16 @@ def encode_prompts(
   mask: Bool[Array, "Q P"],
   context: KeyValues | None = None,
   dropout_key: jax.Array | None = None,
+  remat: str = "none",
 ) -> Prefix:
   """Runs the left-padded prompts once each, after `context` (none: None)."""
   before = 0 if context is None else context.keys.shape[-2]
-  segments = [] if context is None else [Segment(context, jnp.ones((1, before), bool))]
+  positions = before + prompt_positions(mask)
   hidden, kv = hidden_states(
-    config, params, lora, tokens, before + prompt_positions(mask), causal_mask(tokens.shape[1]) & mask[:, None, :],
-    segments, dropout_key,
+    config, params, lora, tokens, positions, causal_mask(tokens.shape[1]) & mask[:, None, :],
+    [] if context is None else [context_segment(context)], dropout_key, remat=remat,
   )  # fmt: skip
-  return Prefix(context, kv, mask, before + mask.sum(-1), hidden[:, -1])
+  return Prefix(context, kv, mask, positions, before + mask.sum(-1), hidden[:, -1])
 
 
 def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:

@@ -1,0 +1,97 @@
+"""An adapter out of a run, for PEFT or merged into its base.
+
+python -m gfn_jax.export --checkpoint=runs/arith --format=merged --output=merged_model
+"""
+
+import json
+import pathlib
+
+from absl import flags
+import jax.numpy as jnp
+
+from gfn_jax import cli
+from gfn_jax.checkpoint import Checkpoints
+from gfn_jax.files import read_json
+from gfn_jax.models import (
+  Lora,
+  LoraConfig,
+  Pretrained,
+  load_adapter,
+  load_pretrained,
+  merge_lora,
+  save_adapter,
+  save_pretrained,
+)
+from gfn_jax.models.architectures import lora_targets
+from gfn_jax.models.hf import DTYPES
+
+FORMATS = ("peft", "merged")
+
+
+def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) -> tuple[Pretrained, Lora]:
+  """The base and the adapter of a run.
+
+  Args:
+    path: a run's workdir (its newest whole checkpoint), one of its checkpoints (workdir/checkpoints/100), or a folder
+      with a PEFT adapter.
+    model: the base; None for the one that the run, or the adapter, names.
+    dtype: of the base; None for the run's, or float32.
+
+  Raises:
+    ValueError: there is nothing of the kind at `path`.
+  """
+  if (path / "adapter_config.json").is_file():
+    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    if not (model or named):
+      raise ValueError(f"{path} does not name its base model: add --model")
+    base = load_pretrained(model or named, dtype or "float32")
+    return base, load_adapter(path, base)
+  step = int(path.name) if path.name.isdecimal() and path.parent.name == "checkpoints" else None
+  workdir = path if step is None else path.parent.parent
+  if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
+    raise ValueError(f"--checkpoint={path} is no run's workdir, none of its checkpoints and no adapter")
+  config = read_json(workdir / "config.json").get("config", {})
+  try:
+    base = load_pretrained(
+      model or config["model.name"], dtype or config["model.dtype"], revision=config["model.revision"]
+    )
+    lora_config = LoraConfig(
+      config["lora.rank"], config["lora.alpha"], lora_targets(base.config, tuple(config["lora.targets"])),
+      config["lora.dropout"], config["lora.rslora"],
+    )  # fmt: skip
+  except KeyError as e:
+    raise ValueError(f"{workdir / 'config.json'} is damaged: it lacks the field {e.args[0]!r}") from None
+  checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
+  try:
+    found = checkpoints.restore_adapter(step)
+  finally:
+    checkpoints.close()
+  if found is None:
+    raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint {'yet' if step is None else step}")
+  print(f"adapter of step {found[0]}")
+  return base, Lora({"layers": {k: {n: jnp.asarray(x) for n, x in v.items()} for k, v in found[1].items()}}, lora_config)
+
+
+def main() -> int:
+  if _CHECKPOINT.value is None or _OUTPUT.value is None:
+    raise ValueError("--checkpoint and --output are needed, as in --checkpoint=runs/arith --output=exported")
+  output = pathlib.Path(_OUTPUT.value)
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(f"--output={output} exists: name a new or empty folder")
+  base, lora = load_checkpoint(pathlib.Path(_CHECKPOINT.value), _MODEL.value, _DTYPE.value)
+  if _FORMAT.value == "peft":
+    save_adapter(output, lora, base)
+  else:
+    save_pretrained(output, merge_lora(base, lora), dtype=str(jnp.dtype(base.params["embed"]["embedding"].dtype)))
+  size = sum(p.stat().st_size for p in output.iterdir())
+  print(f"{output}: {', '.join(sorted(p.name for p in output.iterdir()))} ({size / 1e6:.1f} MB)")
+  return 0
+
+
+if __name__ == "__main__":
+  _CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A run's workdir, one of its checkpoints, or an adapter.")
+  _FORMAT = flags.DEFINE_enum("format", "peft", FORMATS, "An adapter for peft, or a whole model for transformers.")
+  _OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
+  _MODEL = flags.DEFINE_string("model", None, "The base, where it is not what the run or the adapter names.")
+  _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of a merged model; by default the run's, or float32.")
+  cli.launch(main)

@@ -1,0 +1,69 @@
+"""Where a model's files are: in the package, in a local folder, in a .gguf file, or on the Hugging Face hub."""
+
+import importlib.resources
+import os
+import pathlib
+
+EMBEDDED_PREFIX = "embedded/"  # models that ship with the package
+
+_TEXTS = ["README.md", "*.json", "*.txt", "*.model", "*.jinja"]
+# In this order; the first that a repository has is taken, so that nothing is fetched twice in two formats.
+_WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["flax_model.msgpack", "flax_model-*.msgpack"])
+_SUBFOLDERS = ["*/*"]
+
+
+def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+  """A folder with the model's files, or its .gguf file.
+
+  Args:
+    name: "embedded/NAME", a local folder, a local .gguf file, a hub id (owner/name), or a .gguf file of a hub
+      repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's own: HF_HOME,
+      HF_HUB_OFFLINE, HF_TOKEN.
+    revision: of a hub repository: a branch, a tag or a commit; None for its main branch.
+
+  Raises:
+    ValueError: there is no such model, or the hub cannot be reached.
+  """
+  name = os.fspath(name)
+  if name.startswith(EMBEDDED_PREFIX):
+    root = pathlib.Path(str(importlib.resources.files("gfn_jax"))) / "embedded"
+    shipped = {EMBEDDED_PREFIX + p.name: p for p in root.glob("*/")}  # looked up, never joined: "../x" is no model
+    if name not in shipped:
+      have = ", ".join(sorted(shipped)) or "none"
+      raise ValueError(f"model {name!r} does not ship with this package: choose from {have}")
+    return shipped[name]
+  path = pathlib.Path(name)
+  if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+    return path
+  if path.is_file():
+    raise ValueError(f"model {name!r} is a file: name its folder, or a .gguf file")
+  owner, _, rest = name.partition("/")
+  repository, _, file = rest.partition("/")
+  if not repository or owner in ("", ".", "..", "~") or (file and ("/" in file or not file.endswith(".gguf"))):
+    raise ValueError(f"model {name!r} is no folder, no .gguf file, and no hub id (owner/name) either")
+  return _fetch(f"{owner}/{repository}", file, revision)
+
+
+def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
+  import huggingface_hub  # only here: everything else works without a network
+
+  try:
+    if file:
+      return pathlib.Path(huggingface_hub.hf_hub_download(repository, file, revision=revision))
+
+    def snapshot(patterns):
+      return pathlib.Path(
+        huggingface_hub.snapshot_download(
+          repository, revision=revision, allow_patterns=patterns, ignore_patterns=_SUBFOLDERS
+        )
+      )
+
+    folder = snapshot(_TEXTS)
+    for patterns in _WEIGHTS:
+      folder = snapshot(patterns)
+      if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
+        break
+    return folder
+  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
+    reason = str(e).strip().splitlines()[0]
+    raise ValueError(f"model {repository!r} is no folder, and could not be fetched from the hub: {reason}") from None
