@@ -17,6 +17,7 @@ LAYERS = (
   ("datasets",),
   ("tasks",),
   ("data",),
+  ("completions",),
   ("parallel", "preemption", "checkpoint", "metrics", "profiler"),
   ("evaluators",),
   ("experiment",),
@@ -25,7 +26,7 @@ LAYERS = (
   ("report",),
   ("train",),
   ("cli",),
-  ("evaluate", "pretrain"),
+  ("evaluate", "generate", "pretrain"),
   ("main",),
 )
 
@@ -34,7 +35,7 @@ PACKAGES = {
   "models": (("architectures",), ("lora",), ("decoder",), ("prefix", "hf"), ("__init__",)),
   "datasets": (("__init__",), ("expressions",), ("arithmetic", "arithmetic_corpus")),
   "tasks": (("arith",), ("__init__",)),
-  "evaluators": (("__init__",), ("accuracy", "posterior"), ("suite",)),
+  "evaluators": (("__init__",), ("records",), ("accuracy", "posterior"), ("suite",)),
 }
 
 BOTTOM = ("losses", "replay", "tools", "prefix_tree")  # users take them as they are
