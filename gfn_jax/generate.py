@@ -62,7 +62,8 @@ def show(records: list[dict], num_samples: int) -> None:
 
 def main() -> int:
   f, config = flags.FLAGS, _CONFIG.value
-  model = f.model or (base_of(f.adapter) if f.adapter else None)
+  adapted = base_of(f.adapter) if f.adapter else None
+  model = f.model or adapted
   if config is None:
     if not f.prompt:
       raise ValueError('--prompt is missing, as in --prompt="Once upon a time"')

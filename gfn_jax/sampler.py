@@ -350,12 +350,12 @@ class Sampler:
     """
     queries, devices = len(prompt_tokens), len(self.devices)
     chunk = min(-(-queries // devices), max(1, ROWS_PER_CALL // num_samples // devices)) * devices
-    parts = []
+    temperatures, parts = np.full(chunk, temperature, np.float32), []
     for begin in range(0, queries, chunk):
       rows = np.arange(begin, begin + chunk)
       ids = np.minimum(rows, queries - 1)  # the last call is padded
       z = self(
-        lora, prompt_tokens[ids], prompt_mask[ids], num_samples=num_samples, temperature=np.full(chunk, temperature),
+        lora, prompt_tokens[ids], prompt_mask[ids], num_samples=num_samples, temperature=temperatures,
         key=key, row_ids=rows[:, None] * num_samples + np.arange(num_samples), on_round=on_round,
       )  # fmt: skip
       parts.append(z.rows(slice((queries - begin) * num_samples)))
