@@ -1,6 +1,7 @@
 """What the command lines share: config files, one-line errors, exit codes."""
 
 from collections.abc import Callable, Sequence
+import functools
 import importlib.resources
 import os
 import pathlib
@@ -47,7 +48,7 @@ def fail(message: object) -> None:
   sys.exit(USAGE_EXIT_CODE)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(argv: Sequence[str], needs_config: bool) -> list[str]:
   """Parses the flags and reads the config, so that every slip in them shows here."""
   if "--version" in argv:
     print(f"gfn_jax {__version__}")
@@ -58,7 +59,7 @@ def _parse(argv: Sequence[str]) -> list[str]:
       argv[i - 1 : i + 1] = [f"--config={argv[i]}"]
   argv = [re.sub(r"^(--?config=)(.*)$", lambda m: m[1] + find_config(m[2]), a) for a in argv]
   config_file = next((re.sub(r"^--?config=", "", a) for a in argv if re.match(r"^--?config=", a)), None)
-  if config_file is None and not any(a in ("--help", "-h", "--helpfull") for a in argv):
+  if needs_config and config_file is None and not any(a in ("--help", "-h", "--helpfull") for a in argv):
     fail("--config is missing, as in --config=configs/arith.py")
   if config_file is not None and not pathlib.Path(config_file.partition(":")[0]).is_file():
     fail(f"config file {config_file.partition(':')[0]!r} does not exist")
@@ -90,8 +91,12 @@ def prepare_jax(config: ml_collections.ConfigDict) -> None:
     jax.config.update("jax_debug_nans", True)
 
 
-def launch(main: Callable[[], Any]) -> None:
-  """Parses the command line, runs `main`, and exits with its code; a ValueError becomes one line and exit code 2."""
+def launch(main: Callable[[], Any], needs_config: bool = True) -> None:
+  """Parses the command line, runs `main`, and exits with its code; a ValueError becomes one line and exit code 2.
+
+  Args:
+    needs_config: without --config there is nothing to run.
+  """
 
   def guarded(argv):
     del argv
@@ -102,4 +107,4 @@ def launch(main: Callable[[], Any]) -> None:
       fail(e)
 
   logging.set_verbosity(logging.WARNING)
-  app.run(guarded, flags_parser=_parse)
+  app.run(guarded, flags_parser=functools.partial(_parse, needs_config=needs_config))

@@ -184,6 +184,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     _require(0 <= flat[field] <= 1, f"config.{field} is {flat[field]}: must lie between 0 and 1")
   _require(config.lora.dropout < 1, f"config.lora.dropout is {config.lora.dropout}: must be below 1")
   _require(config.loss.subtb_lambda > 0, f"config.loss.subtb_lambda is {config.loss.subtb_lambda}: must be above 0")
+  for field in ("behavior.temperature_low", "behavior.temperature_high", "eval.temperature"):
+    _require(1e-6 <= flat[field] <= 1e6, f"config.{field} is {flat[field]}: must lie between 1e-6 and 1e6")
   s, b, t = config.sampler, config.behavior, config.train
   _require(
     s.min_length <= s.max_length,

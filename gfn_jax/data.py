@@ -108,10 +108,12 @@ def query_table(
     max_positions: the model's; `reserved`: tokens that context, Z and whatever else will take beside prompt and target.
 
   Raises:
-    ValueError: a prompt that does not fit, by name.
+    ValueError: a prompt that is empty or does not fit, by name.
   """
   prompts, targets = [encode(e.prompt) for e in examples], [encode(e.target) for e in examples]
   for example, prompt, target in zip(examples, prompts, targets):
+    if not prompt:
+      raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")
     if len(prompt) + len(target) + reserved > max_positions:
       raise ValueError(
         f"prompt {example.prompt[:60]!r} has {len(prompt)} tokens: with {reserved + len(target)} more it exceeds the "

@@ -3,7 +3,6 @@
 python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapter --output=results.json
 """
 
-import pathlib
 import time
 
 from absl import flags
@@ -13,7 +12,7 @@ import ml_collections
 from gfn_jax import cli, data
 from gfn_jax.config import validate
 from gfn_jax.experiment import build
-from gfn_jax.files import write_text
+from gfn_jax.files import check_output
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
 from gfn_jax.report import accuracy_table
@@ -39,13 +38,7 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
 def main() -> int:
   config = _CONFIG.value
   cli.prepare_jax(config)
-  output = pathlib.Path(_OUTPUT.value)
-  if not output.parent.is_dir():
-    raise ValueError(f"--output={output}: the folder {output.parent} does not exist")
-  if output.is_dir():
-    raise ValueError(f"--output={output} is a folder: name the file to write")
-  write_text(output.with_name(output.name + ".writable"), "")  # before the work, not after it
-  output.with_name(output.name + ".writable").unlink()
+  output = check_output(_OUTPUT.value)
   started = time.time()
   results = evaluate(config.lock(), _ADAPTER.value)
   write_results(output, config, results, time.time() - started)

@@ -3,10 +3,10 @@
 python -m gfn_jax.export --checkpoint=runs/arith --format=merged --output=merged_model
 """
 
-import json
 import pathlib
 
 from absl import flags
+import jax
 import jax.numpy as jnp
 
 from gfn_jax import cli
@@ -69,7 +69,7 @@ def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) ->
   if found is None:
     raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint {'yet' if step is None else step}")
   print(f"adapter of step {found[0]}")
-  return base, Lora({"layers": {k: {n: jnp.asarray(x) for n, x in v.items()} for k, v in found[1].items()}}, lora_config)
+  return base, Lora({"layers": jax.tree.map(jnp.asarray, found[1])}, lora_config)
 
 
 def main() -> int:
@@ -94,4 +94,4 @@ if __name__ == "__main__":
   _OUTPUT = flags.DEFINE_string("output", None, "The folder to write.")
   _MODEL = flags.DEFINE_string("model", None, "The base, where it is not what the run or the adapter names.")
   _DTYPE = flags.DEFINE_enum("dtype", None, DTYPES, "Of a merged model; by default the run's, or float32.")
-  cli.launch(main)
+  cli.launch(main, needs_config=False)

@@ -22,6 +22,22 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     temporary.write_text(text, encoding="utf-8")
 
 
+def check_output(path: str | os.PathLike) -> pathlib.Path:
+  """The file that --output names, if it can be written: to be known before the work, not after it.
+
+  Raises:
+    ValueError or OSError: it cannot; named.
+  """
+  path = pathlib.Path(path)
+  if not path.parent.is_dir():
+    raise ValueError(f"--output={path}: the folder {path.parent} does not exist")
+  if path.is_dir():
+    raise ValueError(f"--output={path} is a folder: name the file to write")
+  write_text(path.with_name(path.name + ".writable"), "")
+  path.with_name(path.name + ".writable").unlink()
+  return path
+
+
 def read_json(path: pathlib.Path) -> dict:
   """The object in a JSON file.
 

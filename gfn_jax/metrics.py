@@ -15,6 +15,13 @@ import tqdm
 from gfn_jax.files import write_text
 
 
+def scores_text(record: Mapping[str, Any]) -> str:
+  """What a record of samples.jsonl says of its sample, in columns: verdict and nats, as far as it has them."""
+  parts = [f"{'right' if record['right'] else 'wrong'}"] if "right" in record else []
+  parts += [f"{label} {record[key]:7.1f}" for label, key in (("log R", "log_R"), ("log q", "log_q")) if key in record]
+  return "  ".join(parts)
+
+
 def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
   """Drops what a run that goes on after `last_step` will write anew: later steps, an evaluation of that very state, and
   a line that a kill cut short."""
@@ -137,9 +144,6 @@ class StepLog:
     self._writer.write_samples(step, samples)
     scores = "  ".join(f"{k.split('/', 1)[1]} {v:.3g}" for k, v in values.items() if not k.startswith("time/"))
     lines = [f"evaluation after step {step}: {scores}"]
-    for s in samples[:: max(1, len(samples) // 3)][:3]:
-      lines.append(
-        f"  {'right' if s['right'] else 'wrong'}  log R {s['log_R']:7.1f}  log q {s['log_q']:6.1f}  {s['X']}|{s['Z']}"
-      )
+    lines += [f"  {scores_text(s)}  {s['X']}|{s['Z']}" for s in samples[:: max(1, len(samples) // 3)][:3]]
     self._writer.say("\n".join(lines))
     self._since = time.monotonic()

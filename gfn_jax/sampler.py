@@ -23,6 +23,49 @@ from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
 FREE = -1  # in `forced`: the policy chooses
+ROWS_PER_CALL = 1280  # of `Sampler.draw`: bounds the memory of caches and logits
+
+
+def check_behavior(
+  max_length: int, min_length: int, temperature: Float[np.ndarray, "*Q"], top_k: int | None, top_p: float | None
+) -> None:
+  """Raises ValueError, in one line, where these cannot say what to sample; before anything is loaded or compiled."""
+  if not 0 <= min_length <= max_length or max_length < 1:
+    raise ValueError(
+      f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length"
+    )
+  # Beyond these float32 no longer tells an allowed token from a forbidden one. NaN is not in the range either.
+  wrong = [t for t in np.ravel(temperature).tolist() if not (t == 0 or 1e-6 <= t <= 1e6)]
+  if wrong:
+    raise ValueError(f"temperature {wrong[0]:g}: must be 0 (greedy) or between 1e-6 and 1e6")
+  if top_k is not None and top_k < 1:
+    raise ValueError(f"top_k {top_k}: must be at least 1")
+  if top_p is not None and not 0 < top_p <= 1:
+    raise ValueError(f"top_p {top_p:g}: must be above 0 and at most 1")
+
+
+def filter_tokens(
+  scores: Float[jax.Array, "*lead V"], top_k: int | None, top_p: float | None
+) -> tuple[Float[jax.Array, "*lead K"], Int[jax.Array, "*lead K"]]:
+  """The tokens that top-k and then top-p (nucleus sampling) leave of a distribution.
+
+  Args:
+    scores: log-probabilities up to a constant, tempered already.
+    top_k: how many of the most probable tokens are kept; None for all.
+    top_p: of those, the fewest whose renormalised probability reaches it are kept, at least one; None for all.
+
+  Returns:
+    K = min(top_k, V) scores from high to low, -inf where top-p drops the token, and the tokens they belong to. Of
+    tokens with equal scores the one with the lower id goes first.
+  """
+  vocab_size = scores.shape[-1]
+  scores, tokens = jax.lax.top_k(scores, vocab_size if top_k is None else min(top_k, vocab_size))
+  if top_p is not None:
+    # From the small end, where float32 has digits left: what stands before a token is 1 - what begins with it.
+    rest = jax.lax.cumsum(jax.nn.softmax(scores, axis=-1), axis=scores.ndim - 1, reverse=True)
+    kept = (rest > 1 - top_p) | (jnp.arange(scores.shape[-1]) == 0)
+    scores = jnp.where(kept, scores, -jnp.inf)
+  return scores, tokens
 
 
 @flax.struct.dataclass
@@ -89,6 +132,9 @@ def decode_round(
   config: ModelConfig,
   stop_token_id: int,
   min_length: int,
+  top_k: int | None,
+  top_p: float | None,
+  some_greedy: bool,
   params: dict,
   lora: Lora | None,
   allowed_tokens: Bool[jax.Array, "V"],
@@ -97,7 +143,11 @@ def decode_round(
   temperature: Float[jax.Array, "Q"],
   state: RolloutState,
 ) -> RolloutState:
-  """Decodes until no row is active. Minimum length and temperature change what is sampled, never what is recorded."""
+  """Decodes until no row is active.
+
+  Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
+  that a temperature is 0: whoever needs neither argmax nor filter runs a program without them.
+  """
   queries, samples, max_length = state.tokens.shape
   query_index, sample_index = jnp.arange(queries)[:, None], jnp.arange(samples)[None]
   is_stop = jnp.arange(allowed_tokens.shape[0]) == stop_token_id
@@ -106,9 +156,17 @@ def decode_round(
     t = state.length
     log_probs = action_log_probs(state.logits, allowed_tokens)
     too_short = (t < min_length)[..., None] & is_stop
-    behaviour = jnp.where(too_short, -jnp.inf, log_probs / temperature[:, None, None])
+    divisor = jnp.where(temperature == 0, 1.0, temperature) if some_greedy else temperature
+    behaviour = jnp.where(too_short, -jnp.inf, log_probs / divisor[:, None, None])
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(state.keys, t)
-    sampled = jax.vmap(jax.vmap(jax.random.categorical))(keys, behaviour)
+    draw = jax.vmap(jax.vmap(jax.random.categorical))
+    if top_k is None and top_p is None:
+      sampled = draw(keys, behaviour)
+    else:
+      scores, tokens = filter_tokens(behaviour, top_k, top_p)
+      sampled = jnp.take_along_axis(tokens, draw(keys, scores)[..., None], axis=-1)[..., 0]
+    if some_greedy:
+      sampled = jnp.where(temperature[:, None] == 0, jnp.argmax(behaviour, axis=-1), sampled)
     forced = jnp.take_along_axis(state.forced, jnp.minimum(t, max_length - 1)[..., None], axis=-1)[..., 0]
     chosen = forced == FREE
     token = jnp.where(chosen, sampled, forced)
@@ -148,18 +206,31 @@ def decode_round(
   return jax.lax.while_loop(lambda s: s.active.any(), step, state)
 
 
+# Compiled once a shape, however many samplers a process makes.
 @functools.lru_cache
-def _compiled(
-  config: ModelConfig, stop_token_id: int, min_length: int, max_length: int, devices: tuple[jax.Device, ...]
-):
-  """`encode_context`, `start` and `decode_round`, compiled once a shape however many samplers a process makes."""
+def _compiled_start(config: ModelConfig, max_length: int, devices: tuple[jax.Device, ...]):
+  """`encode_context` and `start`."""
   encode = jax.jit(functools.partial(encode_context, config))
-  begin = jax.pmap(functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=devices)
-  decode = jax.pmap(
-    functools.partial(decode_round, config, stop_token_id, min_length), in_axes=(None,) * 4 + (0,) * 3,
-    devices=devices, donate_argnums=(6,),
+  return encode, jax.pmap(
+    functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=devices
   )  # fmt: skip
-  return encode, begin, decode
+
+
+@functools.lru_cache
+def _compiled_round(
+  config: ModelConfig,
+  stop_token_id: int,
+  min_length: int,
+  top_k: int | None,
+  top_p: float | None,
+  some_greedy: bool,
+  devices: tuple[jax.Device, ...],
+):
+  """`decode_round`."""
+  return jax.pmap(
+    functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy),
+    in_axes=(None,) * 4 + (0,) * 3, devices=devices, donate_argnums=(6,),
+  )  # fmt: skip
 
 
 class Sampler:
@@ -171,12 +242,14 @@ class Sampler:
     allowed_tokens: bool [V], the vocabulary of Z, stop token included.
     stop_token_id: ends Z.
     max_length, min_length: of Z, in tokens.
+    top_k, top_p: of the behaviour policy, as in `filter_tokens`; None for no such filter.
     tool: `tools.Calculator` or another object with `is_call` [V] and `respond(tokens) -> tokens`; None for none.
     context: int [C], tokens before every prompt.
     devices: over which queries are mapped, without collectives.
 
   Raises:
-    ValueError: lengths that contradict each other, or a stop token that is not allowed.
+    ValueError: lengths that contradict each other, a filter out of range, a stop token that is not allowed, or nothing
+      but that one before min_length.
   """
 
   def __init__(
@@ -188,23 +261,26 @@ class Sampler:
     stop_token_id: int,
     max_length: int,
     min_length: int = 0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     tool: Any = None,
     context: Sequence[int] = (),
     devices: Sequence[jax.Device] | None = None,
   ):
-    if not 0 <= min_length <= max_length or max_length < 1:
-      raise ValueError(
-        f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length"
-      )
+    self._check = functools.partial(check_behavior, max_length, min_length, top_k=top_k, top_p=top_p)
+    self._check(np.ones(1))
     if not allowed_tokens[stop_token_id]:
       raise ValueError(f"stop token {stop_token_id} is not among the allowed tokens")
+    if min_length and allowed_tokens.sum() == 1:
+      raise ValueError(f"min_length {min_length}: no token but the stop token {stop_token_id} is allowed")
     self._params, self._tool, self._max_length = params, tool, max_length
     self.devices = list(devices or jax.local_devices()[:1])
     is_call = np.zeros(allowed_tokens.shape, bool) if tool is None else tool.is_call
     self._masks = jnp.asarray(allowed_tokens), jnp.asarray(is_call)
     self._context_tokens = jnp.asarray(np.asarray(context, np.int32))
-    self._encode_context, self._start, self._decode = _compiled(
-      config, stop_token_id, min_length, max_length, tuple(self.devices)
+    self._encode_context, self._start = _compiled_start(config, max_length, tuple(self.devices))
+    self._round = functools.partial(
+      _compiled_round, config, stop_token_id, min_length, top_k, top_p, devices=tuple(self.devices)
     )
 
   def __call__(
@@ -223,13 +299,18 @@ class Sampler:
 
     Args:
       lora: the adapter, or None to sample from the base.
-      temperature: of the behaviour policy, a query.
+      temperature: of the behaviour policy, a query; 0 takes the most probable token, and the first among equals.
       key, row_ids: row r draws from fold_in(key, row_ids[r]); by default rows are numbered in order.
       on_round: called after each device round, to answer signals.
 
     Returns:
       Trajectory of B = Q * N rows, grouped by query, as NumPy arrays.
+
+    Raises:
+      ValueError: a temperature out of range, or queries that the devices cannot share evenly.
     """
+    temperature = np.asarray(temperature, np.float32)
+    self._check(temperature)
     queries, devices = len(prompt_tokens), len(self.devices)
     if queries % devices:
       raise ValueError(f"{queries} queries are not divisible by {devices} devices")
@@ -239,9 +320,10 @@ class Sampler:
     context = self._encode_context(self._params, lora, self._context_tokens) if self._context_tokens.size else None
     inputs = (split(prompt_tokens), split(prompt_mask), split(row_ids))
     prefix, state = self._start(self._params, lora, context, key, *inputs)
-    temperature = split(np.asarray(temperature, np.float32))
+    decode = self._round(bool((temperature == 0).any()))
+    temperature = split(temperature)
     while True:
-      state = self._decode(self._params, lora, *self._masks, prefix, temperature, state)
+      state = decode(self._params, lora, *self._masks, prefix, temperature, state)
       if on_round is not None:
         on_round()
       waiting = np.asarray(state.waiting)
@@ -251,6 +333,34 @@ class Sampler:
       state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
     rows = [np.asarray(x) for x in (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)]
     return Trajectory(*(x.reshape(queries * num_samples, *x.shape[3:]) for x in rows))
+
+  def draw(
+    self,
+    lora: Lora | None,
+    prompt_tokens: Int[np.ndarray, "Q P"],
+    prompt_mask: Bool[np.ndarray, "Q P"],
+    *,
+    num_samples: int,
+    temperature: float,
+    key: jax.Array,
+    on_round: Callable[[], None] | None = None,
+  ) -> Trajectory:
+    """N samples for each of any number of prompts, in calls of one shape; row r draws from fold_in(key, r).
+
+    Takes and returns what a call does, but for one temperature for all.
+    """
+    queries, devices = len(prompt_tokens), len(self.devices)
+    chunk = min(-(-queries // devices), max(1, ROWS_PER_CALL // num_samples // devices)) * devices
+    temperatures, parts = np.full(chunk, temperature, np.float32), []
+    for begin in range(0, queries, chunk):
+      rows = np.arange(begin, begin + chunk)
+      ids = np.minimum(rows, queries - 1)  # the last call is padded
+      z = self(
+        lora, prompt_tokens[ids], prompt_mask[ids], num_samples=num_samples, temperature=temperatures,
+        key=key, row_ids=rows[:, None] * num_samples + np.arange(num_samples), on_round=on_round,
+      )  # fmt: skip
+      parts.append(z.rows(slice((queries - begin) * num_samples)))
+    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
 
   def _answers(self, waiting: np.ndarray, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Forced tokens [D, Q, N, T] for the rows that wait. A result that does not fit, or none, leaves the row free."""

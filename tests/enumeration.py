@@ -83,10 +83,21 @@ def scored(pretrained, lora, prompt: Sequence[int], z: Trajectory) -> Trajectory
   return z.replace(log_pf=np.asarray(log_pf, np.float64), log_pterm=np.asarray(log_pterm, np.float64))
 
 
-def behaviour_probabilities(z: Trajectory, temperature: float = 1.0, min_length: int = 0) -> np.ndarray:
+def filtered(weights: dict[int, float], top_k: int | None, top_p: float | None) -> dict[int, float]:
+  """The `top_k` heaviest, and of those the fewest that hold `top_p` of their weight."""
+  ranked = sorted(weights.items(), key=lambda item: -item[1])[:top_k]
+  if top_p is not None:
+    shares = np.cumsum([w for _, w in ranked]) / sum(w for _, w in ranked)
+    ranked = ranked[: int(np.argmax(shares >= top_p)) + 1]
+  return dict(ranked)
+
+
+def behaviour_probabilities(
+  z: Trajectory, temperature: float = 1.0, min_length: int = 0, top_k: int | None = None, top_p: float | None = None
+) -> np.ndarray:
   """How often each Z of a scored `every_z` is sampled.
 
-  Each choice is tempered and renormalised; there is no stop before min_length.
+  Each choice is tempered, filtered and renormalised; there is no stop before min_length.
 
   Returns:
     float64 [number of Z].
@@ -99,6 +110,7 @@ def behaviour_probabilities(z: Trajectory, temperature: float = 1.0, min_length:
         choices.setdefault(string[:t], {})[token] = np.exp(z.log_pf[row, t] / temperature)
     if min_length <= len(string) < max_length:
       choices.setdefault(string, {})[STOP] = np.exp(z.log_pterm[row, len(string)] / temperature)
+  choices = {prefix: filtered(weights, top_k, top_p) for prefix, weights in choices.items()}
   probabilities = np.zeros(len(z.length))
   for row, string in enumerate(strings(z)):
     steps = [(string[:t], token) for t, token in enumerate(string) if z.action_mask[row, t]]

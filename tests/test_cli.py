@@ -11,40 +11,10 @@ import pytest
 from gfn_jax import cli
 from gfn_jax.models import save_pretrained
 from gfn_jax.version import __version__
-from testing import REPOSITORY, run_python, tiny_hf_config, tiny_pretrained
+from testing import REPOSITORY, assert_one_line, run_commands, tiny_hf_config, tiny_pretrained
 
 ARITH = "--config=configs/arith.py"
 SMOKE = "--config=configs/arith.py:smoke"
-
-# Most of a process's time goes into imports: made once, then a fork runs each command line as `python -m` would.
-FORKS = """
-import json, os, runpy, sys, tempfile
-import gfn_jax.evaluate, gfn_jax.pretrain, gfn_jax.train, tensorflow_datasets, transformers
-for module in ("gfn_jax.main", "gfn_jax.evaluate", "gfn_jax.pretrain"):
-  sys.modules.pop(module, None)
-results = []
-for argv in json.loads(COMMANDS):
-  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-    child = os.fork()
-    if not child:
-      os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-      code = 99
-      try:
-        module, sys.argv[1:] = argv[0], argv[1:]
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
-      except SystemExit as e:
-        code = 0 if e.code is None else e.code
-      except BaseException:
-        import traceback
-        traceback.print_exc()
-      finally:
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    _, status = os.waitpid(child, 0)
-    out.seek(0), err.seek(0)
-    results.append([os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()])
-print("RESULTS" + json.dumps(results))
-"""
 
 
 def run_main(*arguments, cwd=None):
@@ -52,16 +22,6 @@ def run_main(*arguments, cwd=None):
   env = os.environ | {"PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
   command = [sys.executable, "-m", "gfn_jax.main", *arguments]
   return subprocess.run(command, env=env, cwd=cwd or REPOSITORY, capture_output=True, text=True, timeout=120)
-
-
-def assert_one_line(code: int, stderr: str, named: list[str]):
-  """Exit code 2; one line on stderr that names the value."""
-  assert code == 2, stderr
-  lines = stderr.splitlines()
-  assert len(lines) == 1 and lines[0].startswith("error: "), stderr
-  assert "Traceback" not in stderr
-  for part in named:
-    assert part in lines[0]
 
 
 def test_version():
@@ -156,8 +116,7 @@ def results(folder):
     if any(a.startswith((ARITH, "gfn_jax")) for a in arguments):
       arguments.append(f"--config.data.dir={folder}/tfds")
     commands.append([module, *arguments])
-  out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{FORKS}")
-  return dict(zip(CASES, json.loads(out.rpartition("RESULTS")[2])))
+  return dict(zip(CASES, run_commands(commands)))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -64,6 +64,8 @@ BAD_FIELDS = [
   ({"eval__num_test": 0}, 1, ["config.eval.num_test", "0"]),
   ({"eval__num_validation": -1}, 1, ["config.eval.num_validation", "-1"]),
   ({"eval__temperature": 0.0}, 1, ["config.eval.temperature", "0.0"]),
+  ({"eval__temperature": 1e-9}, 1, ["config.eval.temperature", "1e-09", "between 1e-6 and 1e6"]),
+  ({"behavior__temperature_high": float("inf")}, 1, ["config.behavior.temperature_high", "inf", "1e-6 and 1e6"]),
   ({"data__unseeded_weight": -0.2}, 1, ["config.data.unseeded_weight", "-0.2"]),
   ({"data__num_seed_rationales": -1}, 1, ["config.data.num_seed_rationales", "-1"]),
 ]

@@ -210,6 +210,28 @@ def test_parse_answer(rationale, answer):
   assert parse_answer(rationale) == answer
 
 
+@pytest.mark.parametrize(
+  "prompt, is_one",
+  (
+    ("Question: 6 - 0 - 4 = ? Answer:", True),
+    ("Question: -8 + 12 = ? Answer:", True),
+    ("Question: 6 = ? Answer:", False),
+    ("Question: 6 * 2 = ? Answer:", False),
+    ("Question: 6-0 = ? Answer:", False),
+    ("Question: 6 - 0 - = ? Answer:", False),
+    ("Question: 6 - 0 = ? Answer: 6", False),
+    ("Question: 1 - 0 = ? Answer: 1. Question: 6 - 0 = ? Answer:", False),
+    (f"Question: {'9' * 70} - 0 = ? Answer:", False),  # more than the calculator reads
+    ("6 - 0", False),
+    ("", False),
+  ),
+)
+def test_what_is_a_question(prompt, is_one):
+  assert expressions.is_question(prompt) == is_one
+  if is_one:
+    assert isinstance(expressions.solve(expressions.expression_of(prompt))[1], int)
+
+
 def test_majority_counts_what_parses():
   assert majority(["2", None, "3", "3", None, None]) == "3"
   assert majority(["4", "2", "2", "4"]) == "4"  # the first reached among equals

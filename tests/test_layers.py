@@ -17,6 +17,7 @@ LAYERS = (
   ("datasets",),
   ("tasks",),
   ("data",),
+  ("completions",),
   ("parallel", "preemption", "checkpoint", "metrics", "profiler"),
   ("evaluators",),
   ("experiment",),
@@ -25,7 +26,7 @@ LAYERS = (
   ("report",),
   ("train",),
   ("cli",),
-  ("evaluate", "export", "pretrain"),
+  ("evaluate", "export", "generate", "pretrain"),
   ("main",),
 )
 
@@ -42,7 +43,7 @@ PACKAGES = {
   ),
   "datasets": (("__init__",), ("expressions",), ("arithmetic", "arithmetic_corpus")),
   "tasks": (("arith",), ("__init__",)),
-  "evaluators": (("__init__",), ("accuracy", "posterior"), ("suite",)),
+  "evaluators": (("__init__",), ("records",), ("accuracy", "posterior"), ("suite",)),
 }
 
 BOTTOM = ("losses", "replay", "tools", "prefix_tree")  # users take them as they are

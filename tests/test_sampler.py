@@ -3,6 +3,7 @@
 import collections
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,7 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
-from gfn_jax.sampler import Sampler
+from gfn_jax.sampler import Sampler, filter_tokens
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -129,9 +130,16 @@ def test_context_stands_before_every_prompt():
 
 
 @pytest.mark.parametrize(
-  "min_length, with_tool, max_length", ((0, False, 3), (2, False, 3), (1, True, 4)), ids=("plain", "min_length", "tool")
+  "min_length, with_tool, max_length, top_k, top_p, temperatures",
+  (
+    (0, False, 3, None, None, (1.0, 0.5)),
+    (2, False, 3, None, None, (1.0, 0.5)),
+    (1, True, 4, None, None, (1.0, 0.5)),
+    (1, True, 3, 3, 0.8, (2.0, 3.0)),  # so flat that each filter makes a difference
+  ),
+  ids=("plain", "min_length", "tool", "filters"),
 )
-def test_frequencies_are_those_of_the_policy(min_length, with_tool, max_length):
+def test_frequencies_are_those_of_the_policy(min_length, with_tool, max_length, top_k, top_p, temperatures):
   """The frequencies of n rows differ from K exact probabilities by a total variation below the bound.
 
   E[TV] <= sqrt(K / n) / 2, and one row moves it by at most 1 / n, so P(TV > E[TV] + e) <= exp(-2 n e^2) (McDiarmid);
@@ -145,8 +153,8 @@ def test_frequencies_are_those_of_the_policy(min_length, with_tool, max_length):
   assert abs(exact.sum() - 1) < 1e-5  # no dead ends: what can stop holds all probability
   np.testing.assert_allclose(behaviour_probabilities(tree), exact, rtol=1e-4)
 
-  temperatures = (1.0, 0.5)
-  z = make_sampler(pretrained, max_length=max_length, min_length=min_length, tool=tool)(
+  options = {"min_length": min_length, "top_k": top_k, "top_p": top_p}
+  z = make_sampler(pretrained, max_length=max_length, tool=tool, **options)(
     lora, *pad_left([prompt] * 2), num_samples=n, temperature=np.array(temperatures), key=jax.random.key(2)
   )
   assert z.length.min() == min_length
@@ -156,16 +164,119 @@ def test_frequencies_are_those_of_the_policy(min_length, with_tool, max_length):
   bound = 0.5 * np.sqrt(len(exact) / n) + np.sqrt(np.log(1e6) / (2 * n))
   for temperature, rows in zip(temperatures, drawn):
     frequencies = np.bincount(rows, minlength=len(exact)) / n
-    expected = behaviour_probabilities(tree, temperature, min_length)
+    expected = behaviour_probabilities(tree, temperature, **options)
     assert abs(expected.sum() - 1) < 1e-5
     assert total_variation(frequencies, expected) < bound
     if temperature != 1:
-      assert total_variation(frequencies, behaviour_probabilities(tree, 1.0, min_length)) > bound
-    if min_length:
-      assert total_variation(frequencies, behaviour_probabilities(tree, temperature, 0)) > bound
+      assert total_variation(frequencies, behaviour_probabilities(tree, 1.0, **options)) > bound
+    for option in ("min_length", "top_k", "top_p"):
+      if options[option]:
+        other = behaviour_probabilities(tree, temperature, **options | {option: 0 if option == "min_length" else None})
+        assert total_variation(frequencies, other) > bound
+
+
+# ---- Greedy, top-k and top-p
+
+
+@pytest.mark.parametrize("temperature", (1.0, 0.3, 2.0))
+@pytest.mark.parametrize(
+  "top_k, top_p", ((1, None), (7, None), (500, None), (None, 0.01), (None, 0.6), (None, 1.0), (12, 0.8))
+)
+def test_filters_keep_what_those_of_transformers_keep(temperature, top_k, top_p):
+  torch = pytest.importorskip("torch")
+  from transformers.generation import logits_process
+
+  rng = np.random.default_rng(0)
+  scores = rng.normal(0, 3, (40, 69)).astype(np.float32)
+  scores[:20, rng.permutation(69)[:30]] = -1e30  # not allowed
+  scores[10:30, 0] = -np.inf  # no stop yet
+  expected = logits_process.TemperatureLogitsWarper(temperature)(None, torch.tensor(scores))
+  if top_k is not None:
+    expected = logits_process.TopKLogitsWarper(top_k)(None, expected)
+  if top_p is not None:
+    expected = logits_process.TopPLogitsWarper(top_p)(None, expected)
+  expected = torch.softmax(expected, -1).numpy()
+
+  kept, tokens = filter_tokens(jnp.asarray(scores) / temperature, top_k, top_p)
+  found = np.zeros(scores.shape, np.float32)
+  np.put_along_axis(found, np.asarray(tokens), np.asarray(jax.nn.softmax(kept, axis=-1)), axis=-1)
+  np.testing.assert_array_equal(found > 0, expected > 0)
+  np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
+  if top_k != 500 and top_p != 1.0:
+    assert ((found > 0).sum(-1) < (np.exp(scores / temperature) > 0).sum(-1)).all()  # the filters filter
+
+
+@pytest.mark.parametrize(
+  "top_k, top_p, expected",
+  (
+    (2, None, [3, 0]),
+    (3, None, [3, 0, 2]),  # of the two equals, the lower id
+    (None, 0.5, [3]),  # the probability is reached
+    (None, 0.55, [3, 0]),
+    (None, 0.8, [3, 0, 2]),
+    (None, 1e-9, [3]),  # never none
+    (2, 0.66, [3]),  # 2/3 where top-k has left two
+    (2, 0.67, [3, 0]),
+  ),
+)
+def test_filters_by_hand(top_k, top_p, expected):
+  scores, tokens = filter_tokens(jnp.log(jnp.array([0.25, 0.0, 0.125, 0.5, 0.125])) + 3.0, top_k, top_p)
+  assert np.asarray(tokens)[np.isfinite(np.asarray(scores))].tolist() == expected
+
+
+def test_greedy_is_the_argmax_of_the_logits():
+  """Rows at temperature 0 beside others, which stay what they are without them."""
+  pretrained = tiny_pretrained(seed=8)
+  allowed = np.arange(pretrained.config.vocab_size) % 3 != 1
+  sampler = make_sampler(pretrained, tool=None, allowed_tokens=allowed, min_length=3)
+  options = {"num_samples": 4, "key": jax.random.key(9)}
+  z = sampler(None, *pad_left(PROMPTS), temperature=np.array([0.0, 1.0, 0.0, 0.0]), **options)
+  free = sampler(None, *pad_left(PROMPTS), temperature=np.ones(4), **options)
+  np.testing.assert_array_equal(z.tokens[4:8], free.tokens[4:8])
+  assert len({tuple(row) for row in z.tokens[4:8].tolist()}) > 1
+  for i, prompt in enumerate(PROMPTS):
+    if i == 1:
+      continue
+    expected = []
+    while len(expected) < MAX_LENGTH:
+      text = np.zeros((1, 16), np.int32)
+      text[0, : len(prompt) + len(expected)] = prompt + expected
+      scores = np.asarray(logits(pretrained, text))[0, len(prompt) + len(expected) - 1]
+      scores = np.where(allowed, scores, -np.inf)
+      scores[STOP] = -np.inf if len(expected) < 3 else scores[STOP]
+      if scores.argmax() == STOP:
+        break
+      expected.append(int(scores.argmax()))
+    assert strings(z)[4 * i : 4 * i + 4] == [tuple(expected)] * 4
+  assert (z.log_q < 0).all()  # of the policy at temperature 1
+
+
+def test_a_minimum_length_leaves_something_to_write():
+  """Stopping is forbidden before the filters, which would otherwise keep it alone."""
+  pretrained = tiny_pretrained(seed=3)
+  allowed = np.isin(np.arange(pretrained.config.vocab_size), (STOP, LEFT))
+  z = make_sampler(pretrained, tool=None, allowed_tokens=allowed, min_length=3, max_length=3, top_k=1, top_p=1e-6)(
+    None, *pad_left(PROMPTS), num_samples=5, temperature=np.ones(4), key=jax.random.key(10)
+  )
+  assert strings(z) == [(LEFT,) * 3] * 20
+  assert np.isfinite(z.log_pf).all() and (z.log_pterm[:, :3] < 0).all()
+  with pytest.raises(ValueError, match=f"min_length 1: no token but the stop token {STOP} is allowed"):
+    make_sampler(pretrained, tool=None, allowed_tokens=np.arange(69) == STOP, min_length=1)
 
 
 # ---- Random keys
+
+
+def test_calls_of_one_shape_draw_what_one_call_does(monkeypatch):
+  pretrained = tiny_pretrained(seed=4)
+  sampler, options = make_sampler(pretrained, tool=None), {"num_samples": 5, "key": jax.random.key(11)}
+  expected = sampler(None, *pad_left(PROMPTS[:3]), temperature=np.full(3, 1.5), **options)
+  whole = sampler.draw(None, *pad_left(PROMPTS[:3]), temperature=1.5, **options)
+  monkeypatch.setattr("gfn_jax.sampler.ROWS_PER_CALL", 11)  # two prompts a call, and one is padding
+  parts = sampler.draw(None, *pad_left(PROMPTS[:3]), temperature=1.5, **options)
+  for z in (whole, parts):
+    assert strings(z) == strings(expected)
+    np.testing.assert_allclose(z.log_pf, expected.log_pf, rtol=0, atol=1e-5)
 
 
 def test_a_row_does_not_depend_on_its_company():
@@ -340,6 +451,27 @@ def test_lengths_that_contradict(min_length, max_length):
   with pytest.raises(ValueError, match=f"min_length {min_length} and max_length {max_length}") as error:
     make_sampler(tiny_pretrained(), min_length=min_length, max_length=max_length)
   assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+  "options, message",
+  (
+    ({"top_k": 0}, "top_k 0: must be at least 1"),
+    ({"top_p": 0.0}, "top_p 0: must be above 0 and at most 1"),
+    ({"top_p": 1.5}, "top_p 1.5: must be above 0 and at most 1"),
+    ({"top_p": float("nan")}, "top_p nan: must be above 0 and at most 1"),
+  ),
+)
+def test_filters_out_of_range(options, message):
+  with pytest.raises(ValueError, match=message):
+    make_sampler(tiny_pretrained(), **options)
+
+
+@pytest.mark.parametrize("temperature", (-1.0, 1e-9, float("inf"), float("nan")))
+def test_temperatures_out_of_range(temperature):
+  sampler, temperatures = make_sampler(tiny_pretrained()), np.array([1, 0, temperature, 1])
+  with pytest.raises(ValueError, match=re.escape(f"temperature {temperature:g}: must be 0 (greedy) or between")):
+    sampler(None, *pad_left(PROMPTS), num_samples=1, temperature=temperatures, key=jax.random.key(0))
 
 
 def test_stop_token_must_be_allowed():

@@ -1,5 +1,6 @@
 """What tests share: a tiny model with its tokenizer, the reference numbers, and a Python in a process of its own."""
 
+import json
 import os
 import pathlib
 import subprocess
@@ -53,6 +54,54 @@ def run_python(code: str, devices: int | None = None, timeout: float = 300, cwd:
   )
   assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
   return done.stdout
+
+
+# Most of a process's time goes into imports: made once, then a fork runs each command line as `python -m` would.
+_FORKS = """
+import json, os, runpy, sys, tempfile
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # it compiles quickly
+import gfn_jax.evaluate, gfn_jax.generate, gfn_jax.pretrain, gfn_jax.train, tensorflow_datasets, transformers
+for module in ("gfn_jax.main", "gfn_jax.evaluate", "gfn_jax.generate", "gfn_jax.pretrain"):
+  sys.modules.pop(module, None)
+results = []
+for argv in json.loads(COMMANDS):
+  with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+    child = os.fork()
+    if not child:
+      os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
+      code = 99
+      try:
+        module, sys.argv[1:] = argv[0], argv[1:]
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+      except SystemExit as e:
+        code = 0 if e.code is None else e.code
+      except BaseException:
+        import traceback
+        traceback.print_exc()
+      finally:
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    _, status = os.waitpid(child, 0)
+    out.seek(0), err.seek(0)
+    results.append([os.waitstatus_to_exitcode(status), out.read().decode(), err.read().decode()])
+print("RESULTS" + json.dumps(results))
+"""
+
+
+def run_commands(commands: list[list[str]]) -> list[tuple[int, str, str]]:
+  """Runs ["gfn_jax.main", "--config=...", ...] and the like; (exit code, stdout, stderr) of each."""
+  out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{_FORKS}")
+  return [tuple(result) for result in json.loads(out.rpartition("RESULTS")[2])]
+
+
+def assert_one_line(code: int, stderr: str, named: list[str]):
+  """Exit code 2; one line on stderr that names the value."""
+  assert code == 2, stderr
+  lines = stderr.splitlines()
+  assert len(lines) == 1 and lines[0].startswith("error: "), stderr
+  assert "Traceback" not in stderr
+  for part in named:
+    assert part in lines[0]
 
 
 def tiny_tokenizer() -> transformers.PreTrainedTokenizerFast:

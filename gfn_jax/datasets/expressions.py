@@ -80,6 +80,15 @@ def expression_of(prompt: str) -> str:
   return match.group(1) if match else prompt
 
 
+_EXPRESSION = re.compile(r"-?[0-9]{1,9}( [+-] -?[0-9]{1,9})+")
+
+
+def is_question(prompt: str) -> bool:
+  """Whether a text is a question, and nothing but one, that `solve` can answer."""
+  match = _QUESTION.fullmatch(prompt)
+  return match is not None and _EXPRESSION.fullmatch(match.group(1)) is not None
+
+
 def num_operands(prompt: str) -> int:
   """Operands of a question's expression."""
   return len(re.findall(r"\d+", expression_of(prompt)))

@@ -7,12 +7,12 @@ import jax
 import numpy as np
 
 from gfn_jax.data import query_table
+from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
 from gfn_jax.types import Example
 
-ROWS_PER_CALL = 1280
 SHOWN = 4  # problems of a kind whose first sample is recorded
 
 
@@ -63,40 +63,16 @@ class Accuracy:
     examples = [e for kind in problems.values() for e in kind]
     votes, task = self._settings.num_votes, self._task
     table = query_table(examples, task.encode, self._max_positions, self._settings.max_length + self._context_length)
-    devices = len(self._sampler.devices)
-    chunk = min(-(-len(examples) // devices), max(1, ROWS_PER_CALL // votes // devices)) * devices
-    right, self.samples, kinds = [], [], [kind for kind, es in problems.items() for _ in es]
-    shown = {i for kind in problems for i in [j for j, k in enumerate(kinds) if k == kind][:SHOWN]}
-    for begin in range(0, len(examples), chunk):
-      ids = np.minimum(np.arange(begin, begin + chunk), len(examples) - 1)  # the last call is padded
-      batch = table[ids]
-      trajectories = self._sampler(
-        lora, batch.prompt_tokens, batch.prompt_mask, num_samples=votes,
-        temperature=np.full(chunk, self._settings.temperature), key=key,
-        row_ids=np.arange(begin, begin + chunk)[:, None] * votes + np.arange(votes), on_round=on_round,
-      )  # fmt: skip
-      for i in range(begin, min(begin + chunk, len(examples))):
-        rows = range((i - begin) * votes, (i - begin + 1) * votes)
-        answers = [trajectories.tokens[r][: trajectories.length[r]].tolist() for r in rows]
-        right.append(task.predict(answers) == examples[i].answer)
-      here = [i for i in range(begin, min(begin + chunk, len(examples))) if i in shown]
-      if here:
-        self._record(examples, kinds, here, [(i - begin) * votes for i in here], table, trajectories)
+    z = self._sampler.draw(
+      lora, table.prompt_tokens, table.prompt_mask, num_samples=votes, temperature=self._settings.temperature, key=key,
+      on_round=on_round,
+    )  # fmt: skip
+    answers = [row[:n] for row, n in zip(z.tokens.tolist(), z.length)]
+    right = [task.predict(answers[i * votes : (i + 1) * votes]) == e.answer for i, e in enumerate(examples)]
+    kinds = [kind for kind, es in problems.items() for _ in es]
+    shown = np.array([i for kind in problems for i in [j for j, k in enumerate(kinds) if k == kind][:SHOWN]])
+    firsts = z.rows(shown * votes)
+    records = sample_records(task, self._reward_model, [examples[i] for i in shown], table[shown], firsts)
+    self.samples = [{"kind": kinds[i], **record} for i, record in zip(shown, records)]
     for kind in problems:
       yield f"accuracy/{kind}", float(np.mean([r for r, k in zip(right, kinds) if k == kind]))
-
-  def _record(self, examples, kinds, ids, rows, table, trajectories) -> None:
-    queries, firsts = table[np.array(ids)], trajectories.rows(np.array(rows))
-    whole = np.arange(firsts.tokens.shape[1] + 1) == firsts.length[:, None]
-    parts = self._reward_model(
-      queries.prompt_tokens, queries.prompt_mask, firsts.tokens, firsts.length, whole,
-      queries.target_tokens, queries.target_mask,
-    )  # fmt: skip
-    log_reward, log_q = np.where(whole, parts[0] + parts[1], 0.0).sum(-1), firsts.log_q
-    for j, i in enumerate(ids):
-      z = firsts.tokens[j][: firsts.length[j]].tolist()
-      self.samples.append({
-        "kind": kinds[i], "X": examples[i].prompt, "Z": self._task.decode(z), "Y": examples[i].target,
-        "log_q": round(float(log_q[j]), 4), "log_R": round(float(log_reward[j]), 4),
-        "right": self._task.is_right(examples[i], z),
-      })  # fmt: skip

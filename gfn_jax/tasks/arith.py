@@ -114,6 +114,14 @@ class ArithTask:
     shown = self.demonstrations[:num_demonstrations]
     return self.encode("".join(f"{e.prompt} {e.rationale}{e.target}\n" for e in shown))
 
+  def example_of(self, prompt: str) -> Example:
+    """A question that a user asks, solved. Raises ValueError for a prompt that is no question."""
+    if not expressions.is_question(prompt):
+      form = expressions.question("6 - 0 - 4")
+      raise ValueError(f"prompt {prompt!r} is no question of the arith task: it must read as {form!r}")
+    _, answer = expressions.solve(expressions.expression_of(prompt))
+    return to_example({"prompt": prompt, "rationale": "", "answer": answer})
+
   def is_right(self, example: Example, tokens: Sequence[int]) -> bool:
     """Whether one Z gives the example's answer."""
     return parse_answer(self.decode(tokens)) == example.answer
