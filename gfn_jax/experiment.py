@@ -46,7 +46,8 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> E
   )  # fmt: skip
   reward_model = RewardModel(
     pretrained, params=params, context=np.array(task.context_tokens(config.reward.num_demonstrations), np.int32),
-    allowed_tokens=task.allowed_tokens if config.reward.renormalize else None, devices=devices,
+    num_replaced=len(task.start_tokens), allowed_tokens=task.allowed_tokens if config.reward.renormalize else None,
+    devices=devices,
   )  # fmt: skip
   suite = Suite(config, task, pretrained, params, sampler, reward_model, devices)
   return Experiment(pretrained, params, task, sampler, reward_model, suite)

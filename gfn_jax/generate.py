@@ -94,7 +94,7 @@ def main() -> int:
   )  # fmt: skip
   demonstrations = 0 if config is None else config.reward.num_demonstrations
   reserved = len(task.context_tokens(demonstrations)) + max_length
-  table = query_table(examples, task.encode, pretrained.config.max_positions, reserved)
+  table = query_table(examples, task, pretrained.config.max_positions, reserved)
   z = sampler.draw(
     lora, table.prompt_tokens, table.prompt_mask, num_samples=f.num_samples, temperature=f.temperature,
     key=jax.random.key(f.seed),

@@ -18,7 +18,7 @@ import numpy as np
 from gfn_jax.models import Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
-from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax
+from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, without_start
 from gfn_jax.prefix_tree import build_tree
 
 MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls
@@ -115,6 +115,7 @@ class RewardModel:
     pretrained: the base; the adapter never enters here.
     params: the base's parameters as placed on `devices` (default: `pretrained.params`).
     context: int [C], tokens before every prompt (demonstrations); their keys and values are computed once.
+    num_replaced: how many tokens at the start of a prompt the context stands for (a beginning of sequence).
     allowed_tokens: bool [V], renormalises the tokens of Z, never those of the target; None for the whole vocabulary.
     devices: over which the trees of a call are mapped, without collectives.
   """
@@ -124,12 +125,14 @@ class RewardModel:
     pretrained: Pretrained,
     *,
     context: Int[np.ndarray, "C"],
+    num_replaced: int = 0,
     allowed_tokens: Bool[np.ndarray, "V"] | None = None,
     params: dict | None = None,
     devices: Sequence[jax.Device] | None = None,
   ):
     self._config, self._params = pretrained.config, pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
+    self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
     encode, self._score = _compiled(self._config, tuple(self._devices))
     self._context = encode(self._params, None, jnp.asarray(context, jnp.int32)) if len(context) else None
@@ -151,6 +154,7 @@ class RewardModel:
       terminable: the prefixes to score.
       target_tokens, target_mask: Y, right-padded.
     """
+    prompt_mask = without_start(prompt_mask, self._num_replaced)
     num_samples = len(tokens) // len(prompt_tokens)
     trees = []
     for q in range(len(prompt_tokens)):

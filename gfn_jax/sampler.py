@@ -18,7 +18,7 @@ import numpy as np
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts
+from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
@@ -244,7 +244,7 @@ class Sampler:
     max_length, min_length: of Z, in tokens.
     top_k, top_p: of the behaviour policy, as in `filter_tokens`; None for no such filter.
     tool: `tools.Calculator` or another object with `is_call` [V] and `respond(tokens) -> tokens`; None for none.
-    context: int [C], tokens before every prompt.
+    context: int [C], tokens before every prompt. num_replaced: as in `rewards.RewardModel`.
     devices: over which queries are mapped, without collectives.
 
   Raises:
@@ -265,6 +265,7 @@ class Sampler:
     top_p: float | None = None,
     tool: Any = None,
     context: Sequence[int] = (),
+    num_replaced: int = 0,
     devices: Sequence[jax.Device] | None = None,
   ):
     self._check = functools.partial(check_behavior, max_length, min_length, top_k=top_k, top_p=top_p)
@@ -277,6 +278,7 @@ class Sampler:
     self.devices = list(devices or jax.local_devices()[:1])
     is_call = np.zeros(allowed_tokens.shape, bool) if tool is None else tool.is_call
     self._masks = jnp.asarray(allowed_tokens), jnp.asarray(is_call)
+    self._num_replaced = num_replaced if len(context) else 0
     self._context_tokens = jnp.asarray(np.asarray(context, np.int32))
     self._encode_context, self._start = _compiled_start(config, max_length, tuple(self.devices))
     self._round = functools.partial(
@@ -318,6 +320,7 @@ class Sampler:
       row_ids = np.arange(queries * num_samples).reshape(queries, num_samples)
     split = lambda x: np.asarray(x).reshape(devices, queries // devices, *np.shape(x)[1:])  # noqa: E731
     context = self._encode_context(self._params, lora, self._context_tokens) if self._context_tokens.size else None
+    prompt_mask = without_start(np.asarray(prompt_mask), self._num_replaced)
     inputs = (split(prompt_tokens), split(prompt_mask), split(row_ids))
     prefix, state = self._start(self._params, lora, context, key, *inputs)
     decode = self._round(bool((temperature == 0).any()))

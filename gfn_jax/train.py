@@ -175,7 +175,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   lora = starting_adapter(config, pretrained)
   key = functools.partial(data.step_key, config.seed)
   reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
-  table = data.query_table(task.examples, task.encode, model.max_positions, reserved)
+  table = data.query_table(task.examples, task, model.max_positions, reserved)
   collector = Collector(config, task, table, experiment.sampler, experiment.reward_model)
   trained: dict[str, Any] = {"lora": lora}
   if config.loss.name == "tb":

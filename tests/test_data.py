@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from gfn_jax import data
+from gfn_jax.models.prefix import without_start
 from gfn_jax.types import Example
 
 BEHAVIOR = ml_collections.ConfigDict({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0})
@@ -54,6 +55,15 @@ def test_sampled_queries_are_a_multiple_of_the_devices(devices, expected):
   assert data.num_sampled(BEHAVIOR, 8, devices) == expected
 
 
+class Letters:
+  """A task whose tokens are characters."""
+
+  start_tokens = ()
+
+  def encode(self, text):
+    return list(map(ord, text))
+
+
 def test_padding():
   tokens, mask = data.pad_left([[1, 2, 3], [4]])
   assert (
@@ -64,10 +74,19 @@ def test_padding():
 
 
 def test_a_prompt_that_does_not_fit_is_named():
-  codes = lambda text: list(map(ord, text))  # noqa: E731
+  task = Letters()
   examples = [Example("short", None, "yes", ""), Example("a long question", None, "yes", "")]
-  data.query_table(examples, codes, max_positions=30, reserved=12)
+  data.query_table(examples, task, max_positions=30, reserved=12)
   with pytest.raises(
     ValueError, match="'a long question' has 15 tokens: with 16 more it exceeds the model's 30 positions"
   ):
-    data.query_table(examples, codes, max_positions=30, reserved=13)
+    data.query_table(examples, task, max_positions=30, reserved=13)
+
+
+def test_a_prompt_begins_with_the_start_tokens():
+  task = Letters()
+  task.start_tokens = [1]
+  table = data.query_table([Example("ab", None, "y", ""), Example("c", None, "y", "")], task, 30, 12)
+  assert [row[mask].tolist() for row, mask in zip(table.prompt_tokens, table.prompt_mask)] == [[1, 97, 98], [1, 99]]
+  kept = without_start(table.prompt_mask, 1)
+  assert [row[mask].tolist() for row, mask in zip(table.prompt_tokens, kept)] == [[97, 98], [99]]

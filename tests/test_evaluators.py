@@ -14,6 +14,8 @@ LOG_Q = np.array([[-1.0, -2.0, -4.0], [-3.0, -3.5, -1.0], [-2.0, -5.0, -2.5], [-
 
 
 class Task:
+  start_tokens = ()
+
   def encode(self, text):
     return [ord(c) for c in text]
 

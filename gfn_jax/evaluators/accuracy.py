@@ -43,7 +43,8 @@ class Accuracy:
     self._context_length = len(context)
     self._sampler = Sampler(
       pretrained.config, params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id,
-      max_length=settings.max_length, min_length=min_length, tool=task.tool, context=context, devices=devices,
+      max_length=settings.max_length, min_length=min_length, tool=task.tool, context=context,
+      num_replaced=len(task.start_tokens), devices=devices,
     )  # fmt: skip
     self.samples: list[dict] = []
 
@@ -62,7 +63,7 @@ class Accuracy:
     """
     examples = [e for kind in problems.values() for e in kind]
     votes, task = self._settings.num_votes, self._task
-    table = query_table(examples, task.encode, self._max_positions, self._settings.max_length + self._context_length)
+    table = query_table(examples, task, self._max_positions, self._settings.max_length + self._context_length)
     z = self._sampler.draw(
       lora, table.prompt_tokens, table.prompt_mask, num_samples=votes, temperature=self._settings.temperature, key=key,
       on_round=on_round,

@@ -36,7 +36,7 @@ def posterior_quality(
     examples: sampled in `num_calls` equal parts, each a multiple of the number of devices.
   """
   log_rewards, log_qs = [], []
-  table = query_table(examples, task.encode, max_positions, 0)
+  table = query_table(examples, task, max_positions, 0)
   for call, ids in enumerate(np.split(np.arange(len(examples)), num_calls)):
     queries = table[ids]
     z = sampler(

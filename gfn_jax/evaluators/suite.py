@@ -38,7 +38,7 @@ class Suite:
     shown = len(task.context_tokens(config.reward.num_demonstrations))  # to the reward, and to the base
     reserved = shown + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
-    query_table(examples, task.encode, pretrained.config.max_positions, reserved)  # refuses what does not fit
+    query_table(examples, task, pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._accuracy = self._make_accuracy(())
 
   def _make_accuracy(self, context: Sequence[int]) -> Accuracy:

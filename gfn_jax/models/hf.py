@@ -172,6 +172,13 @@ def _load_tokenizer(folder: pathlib.Path) -> Any:
     raise ValueError(f"the tokenizer in {folder} is damaged or not supported: {reason}") from None
 
 
+def start_tokens(tokenizer: Any) -> list[int]:
+  """What this tokenizer puts before every text: Llama's and Gemma's beginning of sequence, GPT-2's nothing."""
+  bare = tokenizer("a", add_special_tokens=False).input_ids
+  whole = tokenizer("a").input_ids
+  return list(whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)])
+
+
 def _read_licence(folder: pathlib.Path) -> str:
   card = folder / "README.md"
   found = re.search(r"^license: *(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None

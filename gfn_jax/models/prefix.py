@@ -6,6 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, prompt_positions
@@ -71,6 +72,11 @@ def encode_prompts(
     [] if context is None else [context_segment(context)], dropout_key, remat=remat,
   )  # fmt: skip
   return Prefix(context, kv, mask, positions, before + mask.sum(-1), hidden[:, -1])
+
+
+def without_start(mask: Bool[np.ndarray, "Q P"], number: int) -> Bool[np.ndarray, "Q P"]:
+  """Prompts without their first `number` tokens: more of what is left-padded."""
+  return mask & (mask.cumsum(-1) > number) if number else mask
 
 
 def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from gfn_jax import tools
 from gfn_jax.datasets import arithmetic, expressions
+from gfn_jax.models import start_tokens
 from gfn_jax.types import Example
 
 ALLOWED_CHARACTERS = frozenset("0123456789+-=,. ")  # "we limit the model to generate only numbers and operators"
@@ -47,7 +48,7 @@ class ArithTask:
   """Where X, Z and Y come from, how they are tokenised, and how an answer is checked.
 
   Attributes:
-    examples: training queries; the first `num_seeded` have demonstrations.
+    start_tokens: what stands before every text. examples: training queries; the first `num_seeded` have demonstrations.
     tool: the calculator. allowed_tokens: bool [V]. stop_token_id: Y's first token.
   """
 
@@ -58,6 +59,7 @@ class ArithTask:
     if tokenizer is None:
       raise ValueError(f"model {config.model.name!r} has no tokenizer: the arith task needs one")
     self._tokenizer, self._data = tokenizer, config.data
+    self.start_tokens = start_tokens(tokenizer)
     self._builder_config = arithmetic.make_config(config.data.seed, config.data.path)
     self.tool = tools.Calculator(self.encode, self.decode, vocab_size)
     demonstrations = [to_example(r) for r in self._load("demonstrations")]
@@ -112,7 +114,8 @@ class ArithTask:
   def context_tokens(self, num_demonstrations: int) -> list[int]:
     """Demonstrations with their results written out, a line each, as they stand before a question."""
     shown = self.demonstrations[:num_demonstrations]
-    return self.encode("".join(f"{e.prompt} {e.rationale}{e.target}\n" for e in shown))
+    lines = self.encode("".join(f"{e.prompt} {e.rationale}{e.target}\n" for e in shown))
+    return [*self.start_tokens, *lines] if shown else []
 
   def example_of(self, prompt: str) -> Example:
     """A question that a user asks, solved. Raises ValueError for a prompt that is no question."""
