@@ -1,18 +1,20 @@
-"""Devices, placement, and host <-> device transfer for data parallelism over the local devices."""
+"""Devices, meshes, placement, and how a step is mapped over them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
+
+from gfn_jax.models.partition import MODEL_AXIS
 
 DATA_AXIS = "data"
 
 
-def replicated(devices: Sequence[jax.Device]) -> jax.sharding.NamedSharding:
+def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
   """One whole copy on each device."""
-  mesh = jax.sharding.Mesh(np.array(devices), (DATA_AXIS,))
-  return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+  return NamedSharding(Mesh(np.array(devices), (DATA_AXIS,)), PartitionSpec())
 
 
 def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
@@ -23,3 +25,35 @@ def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
 def split(tree: Any, devices: Sequence[jax.Device]) -> Any:
   """Leading axis [D * n, ...] -> [D, n, ...], as `jax.pmap` takes it."""
   return jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), tree)
+
+
+def make_mesh(devices: Sequence[jax.Device], num_model: int) -> Mesh:
+  """Devices by (data, model): `num_model` neighbours hold one copy of the model between them.
+
+  Raises:
+    ValueError: the devices do not fall into such groups.
+  """
+  if num_model < 1 or len(devices) % num_model:
+    raise ValueError(f"{len(devices)} devices cannot be split into groups of {num_model}, one model a group")
+  shape, axes = (len(devices) // num_model, num_model), (DATA_AXIS, MODEL_AXIS)
+  # jax.make_mesh's own default is axes that Linen's Embed cannot work with.
+  return jax.make_mesh(shape, axes, axis_types=(AxisType.Auto,) * 2, devices=list(devices))
+
+
+def map_step(step: Callable, mesh: Mesh, state_shardings: Any) -> Callable:
+  """A training step for a base that is split over `model`: mapped over `data`, and partitioned by XLA over `model`.
+
+  Args:
+    step: `(params, allowed_tokens, reward_temperature, key, state, batch) -> (state, metrics)`, written for one share
+      of the batch, with its own sums over the axis `data`; returns the same on each.
+    mesh: as `make_mesh` makes it.
+    state_shardings: of each leaf of the state, going in and coming out.
+
+  Returns:
+    The same function of the whole batch, jitted. The state is donated; params lie where their shardings say.
+  """
+  mapped = jax.shard_map(
+    step, mesh=mesh, in_specs=(PartitionSpec(),) * 5 + (PartitionSpec(DATA_AXIS),), out_specs=PartitionSpec(),
+    axis_names={DATA_AXIS}, check_vma=False,  # the step sums its gradients itself; JAX would do it once more
+  )  # fmt: skip
+  return jax.jit(mapped, donate_argnums=4, out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())))

@@ -100,7 +100,9 @@ def train_step(
   shapes = jax.eval_shape(jax.value_and_grad(terms, has_aux=True), state.trained, first, 0)
   zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
   total, _ = jax.lax.scan(accumulate, zeros, (micro_batches, jnp.arange(settings.num_micro_batches)))
-  (numerator, (denominator, sums)), grads = jax.lax.psum(total, DATA_AXIS)
+  if jax.lax.axis_size(DATA_AXIS) > 1:  # XLA refuses a sum over one device beside a `model` axis of several
+    total = jax.lax.psum(total, DATA_AXIS)
+  (numerator, (denominator, sums)), grads = total
 
   scale = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
   grads = jax.tree.map(lambda g: g * scale, grads)
@@ -108,6 +110,17 @@ def train_step(
   rows = sums.pop("rows")
   metrics = {"loss": numerator * scale, "grad_norm": optax.global_norm(grads), **{k: v / rows for k, v in sums.items()}}
   return TrainState(state.step + 1, optax.apply_updates(state.trained, updates), opt_state), metrics
+
+
+def step_settings(
+  config: ml_collections.ConfigDict, model: ModelConfig, stop_token_id: int, num_devices: int
+) -> StepSettings:
+  """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`)."""
+  return StepSettings(
+    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples,
+    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, config.lora.dropout > 0,
+    config.model.remat,
+  )  # fmt: skip
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
@@ -182,11 +195,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     trained["log_partition"] = jnp.zeros(len(task.examples))
   optimizer = make_optimizer(config)
   state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
-  settings = StepSettings(
-    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples,
-    num_micro_batches(config, len(devices)), config.sampler.max_length, task.stop_token_id, config.lora.dropout > 0,
-    config.model.remat,
-  )  # fmt: skip
+  settings = step_settings(config, model, task.stop_token_id, len(devices))
   update = jax.pmap(
     functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
     devices=devices, donate_argnums=(4,),

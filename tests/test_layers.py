@@ -27,17 +27,17 @@ LAYERS = (
   ("report",),
   ("train",),
   ("cli",),
-  ("evaluate", "export", "generate", "pretrain"),
+  ("evaluate", "export", "generate", "plan", "pretrain"),
   ("main",),
 )
 
 # The same inside packages.
 PACKAGES = {
   "models": (
-    ("rotary", "quantization"),
+    ("rotary", "quantization", "shapes"),
     ("architectures",),
     ("hub", "weights", "gguf_families", "gguf_file", "gguf_tokenizer"),
-    ("gguf", "lora"),
+    ("gguf", "lora", "partition"),
     ("decoder",),
     ("prefix", "hf"),
     ("__init__",),

@@ -224,6 +224,20 @@ def load_pretrained(
   return Pretrained(config, params, tokenizer, os.fspath(path_or_repo), licence, hf_config)
 
 
+def load_config(path_or_repo: str | os.PathLike, revision: str | None = None) -> ModelConfig:
+  """The decoder's description of a model as `load_pretrained` takes it, without its weights.
+
+  Raises:
+    ValueError: one line that names what is missing, damaged or unsupported.
+  """
+  source = find_model(path_or_repo, revision, weights=False)
+  if source.is_file():
+    return read_config(read_gguf(source).hf_config)
+  if not (source / "config.json").is_file():
+    raise ValueError(f"{source} has no config.json")
+  return read_config(read_json(source / "config.json"))
+
+
 def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, dtype: str = "float32") -> None:
   """Writes a folder that `load_pretrained` and transformers load: config.json, model.safetensors, the tokenizer.
 

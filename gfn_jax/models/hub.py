@@ -1,5 +1,6 @@
 """Where a model's files are: in the package, in a local folder, in a .gguf file, or on the Hugging Face hub."""
 
+from collections.abc import Sequence
 import importlib.resources
 import os
 import pathlib
@@ -12,7 +13,7 @@ _WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["flax_model.msgpack",
 _SUBFOLDERS = ["*/*"]
 
 
-def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+def find_model(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> pathlib.Path:
   """A folder with the model's files, or its .gguf file.
 
   Args:
@@ -20,6 +21,7 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.
       repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's own: HF_HOME,
       HF_HUB_OFFLINE, HF_TOKEN.
     revision: of a hub repository: a branch, a tag or a commit; None for its main branch.
+    weights: False fetches no weights from the hub, unless a .gguf file is named, which is whole or not there.
 
   Raises:
     ValueError: there is no such model, or the hub cannot be reached.
@@ -41,10 +43,10 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.
   repository, _, file = rest.partition("/")
   if not repository or owner in ("", ".", "..", "~") or (file and ("/" in file or not file.endswith(".gguf"))):
     raise ValueError(f"model {name!r} is no folder, no .gguf file, and no hub id (owner/name) either")
-  return _fetch(f"{owner}/{repository}", file, revision)
+  return _fetch(f"{owner}/{repository}", file, revision, _WEIGHTS if weights else ())
 
 
-def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
+def _fetch(repository: str, file: str, revision: str | None, weights: Sequence[list[str]]) -> pathlib.Path:
   import huggingface_hub  # only here: everything else works without a network
 
   try:
@@ -59,7 +61,7 @@ def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
       )
 
     folder = snapshot(_TEXTS)
-    for patterns in _WEIGHTS:
+    for patterns in weights:
       folder = snapshot(patterns)
       if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
         break

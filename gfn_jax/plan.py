@@ -1,0 +1,308 @@
+"""What a run would need: bytes on each device for a training step of a config, for a model that need not be there.
+
+python -m gfn_jax.plan --config=configs/arith.py:paper --shape=gpt-j-6b --devices=1,4,8,32
+python -m gfn_jax.plan --config=configs/arith.py:paper --config.model.name=DIR --devices=8 --model_parallel=4
+
+The step is compiled for so many CPU devices, ahead of time, from shapes alone: no weight is loaded or allocated.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+import math
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import ml_collections
+
+from gfn_jax import cli
+from gfn_jax.config import validate
+from gfn_jax.models import Pretrained
+from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, read_config
+from gfn_jax.models.decoder import init_params
+from gfn_jax.models.hf import load_config
+from gfn_jax.models.partition import check_split, largest_split, tree_shardings
+from gfn_jax.models.quantization import quantize
+from gfn_jax.models.shapes import SHAPES
+from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
+from gfn_jax.train import make_optimizer, starting_adapter, step_settings, train_step
+from gfn_jax.types import Batch, TrainState
+
+PROMPT_TOKENS = 24  # what a question of four operands takes, to the next multiple of 8
+ATTENTION = ("q", "k", "v", "qkv", "o")
+
+# Nothing runs, so code need not be fast. A CPU multiplies bfloat16 in float32: with these passes it would cast the
+# kernels of all layers before the loop over them (24 GB for GPT-J), without them it casts one layer's at a time.
+_COMPILER_OPTIONS = {
+  "xla_backend_optimization_level": 0,
+  "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """One row of a plan: a model, by name, on `num_devices` of which `num_model` hold one copy of it between them."""
+
+  name: str
+  model: ModelConfig
+  num_devices: int
+  num_model: int
+
+  @property
+  def num_data(self) -> int:
+    return self.num_devices // self.num_model
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """Bytes on each device during a step.
+
+  Attributes:
+    params: of the frozen base.
+    state: of the adapter and its optimiser, which a checkpoint holds.
+    gradients: of the adapter; they stand among what the compiled step allocates.
+    temporaries: what else it allocates at its peak.
+  """
+
+  params: int
+  state: int
+  gradients: int
+  temporaries: int
+
+  @property
+  def total(self) -> int:
+    return self.params + self.state + self.gradients + self.temporaries
+
+
+def fitting_targets(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[str, ...]:
+  """config.lora.targets, or all attention projections where this family has not all of them."""
+  targets = tuple(config.lora.targets)
+  try:
+    lora_targets(model, targets)
+    return targets
+  except ValueError:
+    modules = ARCHITECTURES[model.family].modules
+    names = [modules[f"layers.{n}"].hf_name.split("{}.")[1] for n in ATTENTION if n in model.projections()]
+    return tuple(n.removeprefix("self_attn.") for n in names)
+
+
+def abstract_params(model: ModelConfig, dtype: str, quantization: str | None) -> dict:
+  """The base as shapes and dtypes."""
+  params = jax.eval_shape(lambda: init_params(model, jax.random.key(0), dtype))
+  if quantization:
+    quantized = jax.vmap(functools.partial(quantize, quantization=quantization))
+    params["layers"] = {
+      name: {k: jax.eval_shape(quantized, v) if k == "kernel" else v for k, v in leaves.items()}
+      for name, leaves in params["layers"].items()
+    }
+  return params
+
+
+def abstract_state(config: ml_collections.ConfigDict, model: ModelConfig) -> TrainState:
+  """Adapter and optimiser as shapes and dtypes. A learned log_partition, 4 bytes a query, has a step's queries only."""
+
+  def start():
+    trained: dict[str, Any] = {"lora": starting_adapter(config, Pretrained(model, {}, None, config.model.name))}
+    if config.loss.name == "tb":
+      trained["log_partition"] = jnp.zeros(config.train.num_queries)
+    return TrainState(jnp.int32(0), trained, make_optimizer(config).init(trained))
+
+  return jax.eval_shape(start)
+
+
+def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Batch:
+  """A step's batch, of all devices, as shapes and dtypes."""
+  queries, t = config.train.num_queries, config.sampler.max_length
+  rows = queries * config.sampler.num_samples
+  array = jax.ShapeDtypeStruct
+  return Batch(
+    prompt_tokens=array((queries, prompt_tokens), jnp.int32),
+    prompt_mask=array((queries, prompt_tokens), bool),
+    query_ids=array((queries,), jnp.int32),
+    tokens=array((rows, t), jnp.int32),
+    length=array((rows,), jnp.int32),
+    action_mask=array((rows, t), bool),
+    terminable=array((rows, t + 1), bool),
+    log_reward_untempered=array((rows, t + 1), jnp.float32),
+  )
+
+
+def _placed(tree: Any, shardings: Any) -> Any:
+  """Shapes with their shardings: one for each leaf, or one for all."""
+  if isinstance(shardings, NamedSharding):
+    shardings = jax.tree.map(lambda _: shardings, tree)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def bytes_per_device(tree: Any) -> int:
+  """Of arrays, or of shapes with their shardings."""
+  return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def lower_step(
+  config: ml_collections.ConfigDict, model: ModelConfig, mesh: Mesh, prompt_tokens: int
+) -> tuple[jax.stages.Lowered, dict, TrainState]:
+  """A run's training step on a mesh (data, model), lowered from shapes alone.
+
+  Args:
+    config: of the run; its lora.targets fit the model.
+    model: the base.
+    mesh: as `make_mesh` makes it.
+    prompt_tokens: P.
+
+  Returns:
+    The lowered step, and its params and state as shapes with their shardings.
+  """
+  params = abstract_params(model, config.model.dtype, config.model.quantization)
+  params = _placed(params, tree_shardings(model, mesh, params))
+  state = abstract_state(config, model)
+  state_shardings = tree_shardings(model, mesh, state)
+  state = _placed(state, state_shardings)
+  batch = _placed(abstract_batch(config, prompt_tokens), NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+  allowed_tokens = jax.ShapeDtypeStruct((model.vocab_size,), bool)
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  small = _placed((allowed_tokens, jax.ShapeDtypeStruct((), jnp.float32), key), NamedSharding(mesh, PartitionSpec()))
+  settings = step_settings(config, model, stop_token_id=0, num_devices=mesh.shape[DATA_AXIS])
+  step = map_step(functools.partial(train_step, settings, make_optimizer(config)), mesh, state_shardings)
+  return step.lower(params, *small, state, batch), params, state
+
+
+def plan_memory(config: ml_collections.ConfigDict, layout: Layout, prompt_tokens: int) -> Memory:
+  """Bytes on each device: parameters and state by their shapes, the rest as XLA's compiler allocates it.
+
+  Raises:
+    ValueError: JAX has fewer devices than the layout.
+  """
+  devices = jax.devices()
+  if len(devices) < layout.num_devices:
+    raise ValueError(f"{layout.num_devices} devices are wanted, and JAX has {len(devices)}")
+  mesh = make_mesh(devices[: layout.num_devices], layout.num_model)
+  lowered, params, state = lower_step(config, layout.model, mesh, prompt_tokens)
+  analysis = lowered.compile(compiler_options=_COMPILER_OPTIONS).memory_analysis()
+  gradients = bytes_per_device(state.trained)
+  # Outputs beyond those that take the donated state's place.
+  allocated = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  return Memory(bytes_per_device(params), bytes_per_device(state), gradients, allocated - gradients)
+
+
+def make_layouts(
+  models: dict[str, ModelConfig],
+  config: ml_collections.ConfigDict,
+  devices: Sequence[str],
+  model_parallel: str,
+  prompt_tokens: int,
+) -> list[Layout]:
+  """The rows of a plan, checked before anything starts.
+
+  Args:
+    models: by name.
+    devices: numbers, as text.
+    model_parallel: "auto", the largest split that model and devices allow, or a number.
+    prompt_tokens: P.
+
+  Raises:
+    ValueError: no number where one must be, a model or a batch that cannot be split so, or tokens beyond the context.
+  """
+  if prompt_tokens < 1:
+    raise ValueError(f"--prompt_tokens={prompt_tokens}: must be at least 1")
+  if not devices:
+    raise ValueError("--devices is empty: name at least one number of devices, as in --devices=1,4,8")
+  layouts = []
+  for name, model in models.items():
+    for text in devices:
+      if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"--devices={','.join(devices)}: {text!r} must be a number of devices, as in --devices=1,4,8")
+      num_devices = int(text)
+      if model_parallel == "auto":
+        num_model = largest_split(model, num_devices)
+      elif model_parallel.isdecimal() and int(model_parallel) and num_devices % int(model_parallel) == 0:
+        num_model = int(model_parallel)
+      else:
+        raise ValueError(f"--model_parallel={model_parallel}: must be auto, or a divisor of the {num_devices} devices")
+      if prompt_tokens + config.sampler.max_length > model.max_positions:
+        raise ValueError(
+          f"--prompt_tokens={prompt_tokens} and Z of {config.sampler.max_length} exceed the {model.max_positions} "
+          f"positions of {name}"
+        )
+      check_split(model, num_model)
+      validate(config, num_devices // num_model)
+      layouts.append(Layout(name, model, num_devices, num_model))
+  return layouts
+
+
+HEADER = ("model", "devices", "data × model", "base, GB", "adapter, gradients, AdamW", "temporaries", "sum")
+
+
+def table_row(layout: Layout, memory: Memory) -> str:
+  """A row of the Markdown table, in GB."""
+  sizes = (memory.params, memory.state + memory.gradients, memory.temporaries, memory.total)
+  split = f"{layout.num_data} × {layout.num_model}"
+  cells = (layout.name, str(layout.num_devices), split, *(f"{x / 1e9:.2f}" for x in sizes))
+  return f"| {' | '.join(cells)} |"
+
+
+def notes(config: ml_collections.ConfigDict, targets: dict[str, tuple[str, ...]], prompt_tokens: int) -> str:
+  """What the numbers hold, under the table."""
+  t, sampler, model = config.train, config.sampler, config.model
+  micro = f"{t.micro_batch_queries} a micro-batch" if t.micro_batch_queries else "no micro-batches"
+  adapted = "; ".join(f"{', '.join(names)} of {name}" for name, names in targets.items())
+  lines = [
+    f"GB (1e9 bytes) on each device in a training step: {t.num_queries} queries ({micro}) × {sampler.num_samples} "
+    f"samples over all devices, prompts of {prompt_tokens} tokens, Z of {sampler.max_length}; "
+    f"{model.quantization or model.dtype} base, remat {model.remat}, LoRA rank {config.lora.rank} on {adapted}.",
+    "Base, adapter, gradients and AdamW's moments are counted from their shapes; temporaries are what else XLA's CPU "
+    "compiler allocates.",
+  ]
+  if model.dtype != "float32":
+    lines.append(
+      f"To multiply in {model.dtype} the CPU casts a layer's kernels and activations to float32, which is among its "
+      "temporaries and which a GPU or a TPU need not do; a TPU pads small axes to its tiles instead."
+    )
+  lines.append("Sampling and scoring run between the steps, with key-value caches of their own.")
+  return "\n".join(lines)
+
+
+def split_note(name: str, model: ModelConfig) -> str:
+  """Why a model is split over no more devices."""
+  return (
+    f"{name}: {model.num_heads} heads, {model.num_kv_heads} key-value heads and {model.mlp_size} MLP channels can be "
+    f"split over {largest_split(model, 0)} devices or a divisor of that; what is left shares the data."
+  )
+
+
+def main() -> int:
+  f, config = flags.FLAGS, _CONFIG.value
+  cli.prepare_jax(config)
+  if f.shape:
+    models = {name: read_config(SHAPES[name]) for name in f.shape}
+  else:
+    models = {config.model.name: load_config(config.model.name, config.model.revision)}
+  config.lora.init_from = None  # an adapter of the same size
+  layouts = make_layouts(models, config, f.devices, f.model_parallel, f.prompt_tokens)
+  jax.config.update("jax_platforms", "cpu")
+  jax.config.update("jax_num_cpu_devices", max(layout.num_devices for layout in layouts))
+
+  print(f"| {' | '.join(HEADER)} |\n|---|{'---:|' * (len(HEADER) - 1)}", flush=True)
+  targets = {name: fitting_targets(config, model) for name, model in models.items()}
+  for layout in layouts:
+    config.lora.targets = targets[layout.name]
+    print(table_row(layout, plan_memory(config, layout, f.prompt_tokens)), flush=True)
+  print(f"\n{notes(config, targets, f.prompt_tokens)}")
+  for name, model in models.items():
+    if f.model_parallel == "auto" and any(x.name == name and x.num_data > 1 for x in layouts):
+      print(split_note(name, model))
+  return 0
+
+
+if __name__ == "__main__":
+  _CONFIG = cli.define_config()
+  flags.DEFINE_multi_enum(
+    "shape", None, tuple(SHAPES), "A public model in place of config.model.name; can be repeated. No file is needed."
+  )
+  flags.DEFINE_list("devices", ["1", "4", "8", "32"], "Numbers of devices, a row of the table each.")
+  flags.DEFINE_string("model_parallel", "auto", "Over how many devices a model is split; auto: as many as possible.")
+  flags.DEFINE_integer("prompt_tokens", PROMPT_TOKENS, "P, tokens of a prompt.")
+  cli.launch(main)

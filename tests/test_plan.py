@@ -1,0 +1,176 @@
+"""`python -m gfn_jax.plan`: bytes by hand, the table, and what a user's slips get."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import arith
+from gfn_jax import plan
+from gfn_jax.models import save_pretrained
+from gfn_jax.models.architectures import lora_targets, read_config
+from gfn_jax.models.hf import load_config
+from gfn_jax.models.shapes import SHAPES
+from gfn_jax.parallel import make_mesh
+from testing import FAMILIES, assert_one_line, run_commands, run_python, tiny_hf_config, tiny_pretrained
+
+SMOKE = ["gfn_jax.plan", "--config=configs/arith.py:smoke"]
+TINY = [*SMOKE, "--config.model.name={}/tiny"]
+
+RUNS = {
+  "shape": [*TINY, "--config.model.dtype=bfloat16", "--config.lora.dropout=0.1", "--devices=4", "--prompt_tokens=8"],
+}
+
+SLIPS = {
+  # name: (arguments, what the line must hold)
+  "no config": (["gfn_jax.plan"], ["--config is missing"]),
+  "an unknown shape": ([*SMOKE, "--shape=gpt-5"], ["gpt-5", "gpt2-xl", "gpt-j-6b", "llama-3.1-8b"]),
+  "no model there": ([*SMOKE, "--config.model.name={}/nothing"], ["{}/nothing"]),
+  "no number": ([*TINY, "--devices=1,four"], ["--devices=1,four", "'four'", "number of devices"]),
+  "no devices": ([*TINY, "--devices=0"], ["'0'", "number of devices"]),
+  "an empty list": ([*TINY, "--devices="], ["--devices", "number of devices"]),
+  "heads that do not divide": ([*TINY, "--devices=3", "--model_parallel=3"], ["4 heads", "3 devices", "1, 2"]),
+  "devices that do not divide": ([*TINY, "--devices=4", "--model_parallel=3"], ["--model_parallel=3", "4 devices"]),
+  "a split that is no number": ([*TINY, "--model_parallel=most"], ["--model_parallel=most", "auto"]),
+  "a batch that does not divide": (
+    [*TINY, "--devices=8", "--model_parallel=1"],
+    ["config.train.num_queries 4", "8 devices"],
+  ),
+  "prompts of nothing": ([*TINY, "--prompt_tokens=0"], ["--prompt_tokens=0", "at least 1"]),
+  "Z and a prompt beyond the context": (
+    [*TINY, "--prompt_tokens=240"],
+    ["--prompt_tokens=240", "24", "256 positions"],
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("plan")
+  tiny = tiny_pretrained(family="llama", vocab_size=72)
+  save_pretrained(folder / "tiny", dataclasses.replace(tiny, tokenizer=None))
+  (folder / "tiny" / "model.safetensors").write_bytes(b"no weights")  # which a plan does not read
+  return folder
+
+
+@pytest.fixture(scope="module")
+def outcomes(folder):
+  """name -> (exit code, stdout, stderr)."""
+  named = RUNS | {name: arguments for name, (arguments, _) in SLIPS.items()}
+  commands = [[a.replace("{}", str(folder)) for a in arguments] for arguments in named.values()]
+  return dict(zip(named, run_commands(commands)))
+
+
+@pytest.mark.parametrize("name", SLIPS)
+def test_a_slip_gets_one_line(folder, outcomes, name):
+  code, _, err = outcomes[name]
+  assert_one_line(code, err, [part.replace("{}", str(folder)) for part in SLIPS[name][1]])
+
+
+def test_a_table_is_printed_with_what_it_holds(folder, outcomes):
+  code, out, err = outcomes["shape"]
+  assert code == 0, err
+  header, rule, row, *rest = out.splitlines()
+  assert [len(line.split("|")) for line in (header, rule, row)] == [len(plan.HEADER) + 2] * 3
+  cells = [cell.strip() for cell in row.split("|")]
+  assert cells[1:4] == [f"{folder}/tiny", "4", "2 × 2"]
+  text = "\n".join(rest)
+  for part in ("4 queries", "× 4 samples", "prompts of 8 tokens", "Z of 24", "bfloat16", "remat none", "LoRA rank 16"):
+    assert part in text
+  # The config's out_proj is no name of Llama's.
+  assert "q_proj, k_proj, v_proj, o_proj" in text
+  assert "2 key-value heads" in text and "split over 2 devices" in text
+
+
+def test_shapes_are_the_public_models():
+  """By their numbers of parameters, as their model cards tell them."""
+  counts = {"gpt2-xl": 1_557_611_200, "gpt-j-6b": 6_050_882_784, "llama-3.1-8b": 8_030_261_248}
+  assert counts.keys() == SHAPES.keys()
+  for name, count in counts.items():
+    params = plan.abstract_params(read_config(SHAPES[name]), "bfloat16", None)
+    assert sum(x.size for x in jax.tree.leaves(params)) == count, name
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("bfloat16")}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_has_attention_to_adapt(family):
+  config, model = arith.get_config("paper"), read_config(tiny_hf_config(family))
+  names = lora_targets(model, plan.fitting_targets(config, model))
+  assert names == (("qkv", "o") if model.fused_qkv else ("q", "k", "v", "o"))
+  config.lora.targets = ("layers",)
+  assert lora_targets(model, plan.fitting_targets(config, model)) == names
+
+
+def test_targets_that_fit_stay():
+  config = arith.get_config("paper")
+  config.lora.targets = ("fc_in",)
+  assert plan.fitting_targets(config, read_config(tiny_hf_config("gptj"))) == ("fc_in",)
+
+
+def tiny_config(**fields):
+  config = arith.get_config("smoke")
+  config.lora.targets, config.lora.rank = ("q_proj", "o_proj"), 4
+  config.train.num_queries, config.train.micro_batch_queries = 4, 2
+  config.update(fields)
+  return config
+
+
+def test_bytes_are_those_of_the_compiled_step():
+  config, model = tiny_config(), read_config(tiny_hf_config("llama", vocab_size=72))
+  layout = plan.Layout("tiny", model, 1, 1)
+  memory = plan.plan_memory(config, layout, prompt_tokens=8)
+  weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 2 * 72 * 32 + 32
+  assert memory.params == 4 * weights
+  adapter = 4 * 2 * (2 * (32 * 4) + 2 * (4 * 32))
+  assert memory.gradients == adapter
+  assert memory.state == 3 * adapter + 4 * 4  # step; the counts of AdamW, of its schedule, of log_partition's Adam
+  assert memory.total == memory.params + memory.state + memory.gradients + memory.temporaries
+  lowered, params, state = plan.lower_step(config, model, make_mesh(jax.devices()[:1], 1), 8)
+  batch = plan.abstract_batch(config, 8)
+  size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
+  analysis = lowered.compile(compiler_options=plan._COMPILER_OPTIONS).memory_analysis()
+  # The vocabulary's mask and the temperature are arguments too; dropout's key and a tb loss's query_ids are not used.
+  assert analysis.argument_size_in_bytes == size((params, state, batch)) - size(batch.query_ids) + 72 + 4
+  # Logits of a micro-batch alone: a backward pass needs them.
+  assert memory.temporaries > 2 * config.sampler.num_samples * (config.sampler.max_length + 1) * 72 * 4
+
+
+DEVICES = """
+from configs import arith
+import jax
+from gfn_jax import plan
+from gfn_jax.models.architectures import read_config
+from gfn_jax.models.partition import tree_shardings
+from gfn_jax.models.shapes import SHAPES
+from gfn_jax.parallel import make_mesh
+
+for name, m in (("gpt2-xl", 1), ("gpt-j-6b", 8), ("llama-3.1-8b", 8)):
+  model = read_config(SHAPES[name])
+  mesh = make_mesh(jax.devices(), m)
+  for quantization in (None, "int8"):
+    params = plan.abstract_params(model, "bfloat16", quantization)
+    print(plan.bytes_per_device(plan._placed(params, tree_shardings(model, mesh, params))))
+"""
+
+
+def test_a_device_holds_its_share_of_the_base():
+  gpt2, gpt2_int8, gptj, gptj_int8, llama, llama_int8 = map(int, run_python(DEVICES, devices=8).split())
+  assert gpt2 == 2 * 1_557_611_200  # 25 heads: whole
+  d, vocab = 4096, 50_400
+  whole = 28 * (2 * d + d) + 2 * d  # norms, and the bias of a sum
+  layer = 4 * d * d + 8 * d * d + 4 * d
+  assert gptj == 2 * (whole + (28 * layer + 2 * vocab * d + vocab) // 8)
+  d, kv, mlp, vocab = 4096, 1024, 14_336, 128_256
+  layer = 2 * d * d + 2 * d * kv + 3 * d * mlp
+  assert llama == 2 * (65 * d + (32 * layer + 2 * vocab * d) // 8)
+  # One byte a weight and a scale an output in place of two bytes. Scales of o and down, summed, are whole.
+  scales = 32 * (2 * (d + 2 * kv + 2 * mlp) // 8 + 2 * 2 * d)
+  assert llama_int8 == llama - 32 * layer // 8 + scales
+  assert gpt2_int8 < 0.6 * gpt2 and gptj_int8 < 0.6 * gptj
+
+
+def test_a_config_alone_is_read(folder):
+  assert load_config(folder / "tiny") == read_config(tiny_hf_config("llama", vocab_size=72))
+  with pytest.raises(ValueError, match="no config.json"):
+    load_config(folder)
