@@ -23,10 +23,13 @@ def folders(tmp_path_factory):
 
   @functools.cache
   def folder(family):
-    save_pretrained(root / family, tiny_pretrained(family=family))
+    save_pretrained(root / family, plain_pretrained(family))
     return root / family
 
   return folder
+
+
+plain_pretrained = functools.cache(lambda family: tiny_pretrained(family=family))
 
 
 @functools.cache
@@ -68,7 +71,7 @@ def test_rounding(dtype):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_stored(folders, family):
-  pretrained, plain = load(folders(family)), load(folders(family), None)
+  pretrained, plain = load(folders(family)), plain_pretrained(family)
   c = pretrained.config
   for name, (inputs, outputs) in c.projections().items():
     kernel = pretrained.params["layers"][name]["kernel"]
@@ -99,14 +102,12 @@ def test_memory_is_about_a_quarter(tmp_path):
   kernels = {n: x["kernel"] for n, x in pretrained.params["layers"].items() if "kernel" in x}
   share = nbytes(kernels) / nbytes({n: wide.params["layers"][n]["kernel"] for n in kernels})
   assert 0.25 < share < 0.26
-  error = np.abs(logits(pretrained, [[1, 2, 3, 4]]) - logits(wide, [[1, 2, 3, 4]]))
-  assert 0 < error.max() < 0.1 * np.asarray(logits(wide, [[1, 2, 3, 4]])).std()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits_move_a_little(folders, family):
   """By rounding, and by nothing else: those of the dequantised base are the same."""
-  pretrained, plain = load(folders(family)), load(folders(family), None)
+  pretrained, plain = load(folders(family)), plain_pretrained(family)
   tokens, mask = tokens_and_mask(plain.config.vocab_size)
   ours, exact = (np.asarray(logits(p, tokens, mask))[mask] for p in (pretrained, plain))
   error = np.sqrt(np.mean((ours - exact) ** 2)) / exact.std()
@@ -114,7 +115,7 @@ def test_logits_move_a_little(folders, family):
   np.testing.assert_allclose(ours, np.asarray(logits(dequantized(pretrained), tokens, mask))[mask], rtol=0, atol=2e-4)
 
 
-@pytest.mark.parametrize("family", ("gptj", "gpt2", "llama"))
+@pytest.mark.parametrize("family", ("gpt2", "llama"))
 def test_gradients_of_the_adapter_are_those_of_the_dequantised_base(folders, family):
   pretrained = load(folders(family))
   lora = random_lora(pretrained)
@@ -135,24 +136,30 @@ def test_gradients_of_the_adapter_are_those_of_the_dequantised_base(folders, fam
   jax.tree.map(compare, ours, expected)
 
 
-@pytest.mark.parametrize("dtype", ("float32", "bfloat16"))
-def test_samples_and_rewards(folders, dtype):
+def test_bfloat16(folders):
+  pretrained, plain = (load(folders("gptj"), q, "bfloat16") for q in ("int8", None))
+  assert {x.dtype for x in jax.tree.leaves(dequantized(pretrained).params)} == {jnp.dtype("bfloat16")}
+  tokens, mask = tokens_and_mask(plain.config.vocab_size)
+  ours, exact = (np.asarray(logits(p, tokens, mask, random_lora(p)))[mask] for p in (pretrained, plain))
+  assert 1e-4 < np.sqrt(np.mean((ours - exact) ** 2)) / exact.std() < 0.1
+
+
+def test_samples_and_rewards(folders):
   """Sampling and scoring run on it, and agree with the dequantised base."""
-  pretrained = load(folders("gptj"), dtype=dtype)
+  pretrained = load(folders("gptj"))
   plain = dequantized(pretrained)
-  assert {x.dtype for x in jax.tree.leaves(plain.params)} == {jnp.dtype(dtype)}
   lora = random_lora(pretrained)
   texts = [
-    gfn_jax.sample(p, lora, ["Question: 6 - 0"], 4, max_length=5, temperature=0.0, seed=0) for p in (pretrained, plain)
+    gfn_jax.sample(p, lora, ["Question: 6 - 0"], 2, max_length=5, temperature=0.0, seed=0) for p in (pretrained, plain)
   ]
-  assert texts[0] == texts[1] or dtype == "bfloat16"
+  assert texts[0] == texts[1] and texts[0][0][0]
   tokens, lengths = np.arange(12).reshape(3, 4), np.array([4, 2, 0])
   rewards = [
     prefix_log_rewards(p, context=[3, 4], prompt=[5, 6, 7], tokens=tokens, lengths=lengths, target=[8, 9])
     for p in (pretrained, plain)
   ]
   assert np.isfinite(rewards[0]).all()
-  np.testing.assert_allclose(*rewards, rtol=0, atol=1e-3 if dtype == "float32" else 1.0)
+  np.testing.assert_allclose(*rewards, rtol=0, atol=1e-3)
 
 
 def test_it_is_neither_merged_nor_saved(folders, tmp_path):

@@ -234,13 +234,13 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, dtype: str 
     ValueError: the parameters are quantised.
   """
   path = pathlib.Path(path)
-  path.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(pretrained.params, sep=".")
+  if not all(isinstance(x, jax.Array | np.ndarray) for x in flat.values()):
+    raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to save it")
+  path.mkdir(parents=True, exist_ok=True)
   tensors = {}
   slots = _slots(pretrained.config, ARCHITECTURES[pretrained.config.family], "torch")
   for name, (ours, layer, transpose) in slots.items():
-    if not isinstance(flat[ours], jax.Array | np.ndarray):
-      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to save it")
     tensor = np.asarray(flat[ours] if layer is None else flat[ours][layer])
     tensors[name] = np.ascontiguousarray(tensor.T if transpose else tensor).astype(jnp.dtype(dtype))
   with replacing(path / "model.safetensors") as temporary:
