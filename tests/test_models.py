@@ -1,5 +1,6 @@
 """The decoder and its checkpoints, against PyTorch's numbers and against itself."""
 
+import dataclasses
 import functools
 import json
 import shutil
@@ -246,7 +247,7 @@ def test_shared_segments_equal_full_forwards(family, adapter):
   by_segments = jax.jit(lambda lora: shared.by_segments(pretrained, lora))(lora)
   for ours, full in zip(by_segments, shared.by_full_forwards(pretrained, lora)):
     assert ours.shape == full.shape
-    np.testing.assert_allclose(ours, full, rtol=0, atol=2e-5)
+    np.testing.assert_allclose(ours, full, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -382,8 +383,7 @@ def test_dropout_differs_by_layer():
 @pytest.fixture
 def folder(tmp_path):
   """A sound checkpoint without a tokenizer, for a test to spoil."""
-  pretrained = tiny_pretrained()
-  save_pretrained(tmp_path / "model", Pretrained(pretrained.config, pretrained.params, None, ""), tiny_hf_config())
+  save_pretrained(tmp_path / "model", dataclasses.replace(tiny_pretrained(), tokenizer=None))
   return tmp_path / "model"
 
 
@@ -483,11 +483,11 @@ def test_unknown_names(folder):
 def test_embedded_models_stay_inside_the_package(folder, monkeypatch):
   assert "'embedded/nope'" in error_of("embedded/nope")
   # A sound model that could be reached by walking out of the package must not be.
-  import gfn_jax.models.hf as hf
+  import gfn_jax.models.hub as hub
 
   package = folder.parent / "package"
   shutil.copytree(folder, package / "embedded" / "inside")
-  monkeypatch.setattr(hf.importlib.resources, "files", lambda name: package)
+  monkeypatch.setattr(hub.importlib.resources, "files", lambda name: package)
   assert load_pretrained("embedded/inside").config == read_config(tiny_hf_config())
   for name in ("embedded/../../model", f"embedded/{folder}", "embedded/", "embedded/.", "embedded/inside/../inside"):
     message = error_of(name)

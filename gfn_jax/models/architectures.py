@@ -108,7 +108,8 @@ _IGNORED = frozenset((
   "task_specific_params", "pretraining_tp", "n_ctx", "is_llama_config", "id2label", "label2id", "problem_type",
   "tokenizer_class", "prefix", "return_dict", "chunk_size_feed_forward", "max_length", "min_length", "temperature",
   "top_k", "top_p", "repetition_penalty", "num_beams", "do_sample", "cache_implementation", "unsloth_fixed",
-  "unsloth_version",
+  "unsloth_version", "output_attentions", "output_hidden_states", "output_past", "predict_special_tokens", "n_special",
+  "gradient_checkpointing",
 ))  # fmt: skip
 _IGNORED_PREFIXES = ("_", "summary_")
 
@@ -124,7 +125,7 @@ def _read_rotary(c: Mapping[str, Any], head_dim: int) -> Rotary:
   options = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
   thetas = options.pop("rope_theta", None), c.get("rope_theta"), c.get("rotary_emb_base"), 10_000.0
   shares = options.pop("partial_rotary_factor", None), c.get("partial_rotary_factor"), c.get("rotary_pct"), 1.0
-  theta, share = next(filter(None, thetas)), next(filter(None, shares))
+  theta, share = (next(x for x in values if x is not None) for values in (thetas, shares))
   kinds = {options.pop("rope_type", None), options.pop("type", None)} - {None} or {"default"}
   kind = min(kinds)
   if len(kinds) > 1 or kind not in _ROPE_FIELDS:
@@ -139,8 +140,18 @@ def _read_rotary(c: Mapping[str, Any], head_dim: int) -> Rotary:
   for name, value in options.items():
     if value is not None:
       raise ValueError(f"rope_type {kind!r} has the field {name}={value!r}, which is not supported")
+  for name, value in {"rope_theta": theta, **values}.items():
+    if not isinstance(value, int | float) or not value > 0:
+      raise ValueError(f"rope_type {kind!r} has {name}={value!r}: must be a positive number")
   scaling = Llama3Scaling(**values) if kind == "llama3" else values.get("factor")
   return Rotary(int(head_dim * share), float(theta), scaling=scaling)
+
+
+def _divide(width: int, heads: int) -> int:
+  """Channels of a head, where config.json does not tell."""
+  if width % heads:
+    raise ValueError(f"config.json has {heads} heads for {width} channels: the one must divide the other")
+  return width // heads
 
 
 def _gpt_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
@@ -152,7 +163,7 @@ def _gpt_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
     num_layers=c["n_layer"],
     num_heads=c["n_head"],
     num_kv_heads=c["n_head"],
-    head_dim=c["n_embd"] // c["n_head"],
+    head_dim=_divide(c["n_embd"], c["n_head"]),
     mlp_size=c["n_inner"] or 4 * c["n_embd"],
     max_positions=c["n_positions"],
     activation=c["activation_function"],
@@ -164,7 +175,7 @@ def _gpt_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
 
 
 def _gptj_config(c: Mapping[str, Any]) -> ModelConfig:
-  rotary = Rotary(c["rotary_dim"] or c["n_embd"] // c["n_head"], interleaved=True)
+  rotary = Rotary(c["rotary_dim"] or _divide(c["n_embd"], c["n_head"]), interleaved=True)
   return _gpt_config(
     c, "gptj", residual="parallel_shared", rotary=rotary, biased=("up", "down"), head_bias=True
   )  # fmt: skip
@@ -178,7 +189,7 @@ def _gpt2_config(c: Mapping[str, Any]) -> ModelConfig:
 def _modern_config(c: Mapping[str, Any], family: str, **fields) -> ModelConfig:
   """What the later families have in common, as Llama has it; `fields` say what differs."""
   heads = c["num_attention_heads"]
-  head_dim = c.get("head_dim") or c["hidden_size"] // heads
+  head_dim = c.get("head_dim") or _divide(c["hidden_size"], heads)
   return ModelConfig(**{
     "family": family,
     "vocab_size": c["vocab_size"],
@@ -378,6 +389,26 @@ class _Options(UserDict):
     return self[name] if name in self else default
 
 
+_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "max_positions")
+
+
+def _check_sizes(config: ModelConfig) -> None:
+  """Raises ValueError where no model can be so."""
+
+  def require(holds, rule):
+    if not holds:
+      raise ValueError(f"config.json of a {config.family} model: {rule}")
+
+  for name in (*_SIZES, *(("sliding_window",) if config.sliding_window is not None else ())):
+    value = getattr(config, name)
+    require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive whole number")
+  heads, groups, r = config.num_heads, config.num_kv_heads, config.rotary
+  require(heads % groups == 0, f"num_kv_heads={groups} must divide num_heads={heads}")
+  if r is not None:
+    turned = f"the rotary embedding turns {r.dim} of {config.head_dim} channels of a head"
+    require(0 < r.dim <= config.head_dim and r.dim % 2 == 0, f"{turned}: must be an even number of them, and at least 2")
+
+
 def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
   """config.json -> ModelConfig.
 
@@ -402,7 +433,8 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     raise ValueError(f"config.json of a {family} model lacks the field {e.args[0]!r}") from None
   except (TypeError, ZeroDivisionError) as e:
     raise ValueError(f"config.json of a {family} model holds a value of the wrong kind: {e}") from None
-  known = options.read | _IGNORED | {*architecture.required, *architecture.ignored, *architecture.defaults}
+  _check_sizes(config)
+  known = options.read | _IGNORED | {*architecture.required, *architecture.ignored}
   for option, value in hf_config.items():
     if value and option not in known and not option.startswith(_IGNORED_PREFIXES):  # what is off changes nothing
       raise ValueError(f"{family} option {option}={str(value)[:80]} is not supported")

@@ -157,16 +157,23 @@ def _load_params(
   return flax.traverse_util.unflatten_dict(params, sep=".")
 
 
+_GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # before and since transformers 5
+
+
 def _load_tokenizer(folder: pathlib.Path) -> Any:
   if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
     return None
   import transformers  # seconds to import, and only tokenizers need it
 
+  options = folder / "tokenizer_config.json"
+  named = read_json(options).get("tokenizer_class") if options.is_file() else None
+  # Where the folder says that tokenizer.json is all there is, it is: AutoTokenizer would put some families' own class,
+  # with its own pre-tokenizer, in its place.
+  general = named in _GENERAL_TOKENIZERS and (folder / "tokenizer.json").is_file()
+  kind = transformers.PreTrainedTokenizerFast if general else transformers.AutoTokenizer
   try:
     # BPE loses spaces before punctuation to the clean-up that BERT wanted.
-    return transformers.AutoTokenizer.from_pretrained(
-      folder, clean_up_tokenization_spaces=False, trust_remote_code=False
-    )
+    return kind.from_pretrained(folder, clean_up_tokenization_spaces=False, trust_remote_code=False)
   except Exception as e:  # tokenizers raises a plain Exception for a damaged file
     reason = (str(e).strip() or type(e).__name__).splitlines()[0]
     raise ValueError(f"the tokenizer in {folder} is damaged or not supported: {reason}") from None
@@ -248,13 +255,13 @@ def save_pretrained(path: str | os.PathLike, pretrained: Pretrained, dtype: str 
     ValueError: the parameters are quantised.
   """
   path = pathlib.Path(path)
-  path.mkdir(parents=True, exist_ok=True)
   flat = flax.traverse_util.flatten_dict(pretrained.params, sep=".")
+  if not all(isinstance(x, jax.Array | np.ndarray) for x in flat.values()):
+    raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to save it")
+  path.mkdir(parents=True, exist_ok=True)
   tensors = {}
   slots = _slots(pretrained.config, ARCHITECTURES[pretrained.config.family], "torch")
   for name, (ours, layer, transpose) in slots.items():
-    if not isinstance(flat[ours], jax.Array | np.ndarray):
-      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to save it")
     tensor = np.asarray(flat[ours] if layer is None else flat[ours][layer])
     tensors[name] = np.ascontiguousarray(tensor.T if transpose else tensor).astype(jnp.dtype(dtype))
   with replacing(path / "model.safetensors") as temporary:

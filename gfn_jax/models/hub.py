@@ -35,7 +35,7 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
       raise ValueError(f"model {name!r} does not ship with this package: choose from {have}")
     return shipped[name]
   path = pathlib.Path(name)
-  if path.is_dir() or (path.is_file() and path.suffix == ".gguf"):
+  if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
     return path
   if path.is_file():
     raise ValueError(f"model {name!r} is a file: name its folder, or a .gguf file")
@@ -64,8 +64,29 @@ def _fetch(repository: str, file: str, revision: str | None, weights: Sequence[l
     for patterns in weights:
       folder = snapshot(patterns)
       if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
-        break
-    return folder
-  except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError) as e:
-    reason = str(e).strip().splitlines()[0]
+        return folder
+  except Exception as e:  # of the network, the hub and the cache, each from a library of its own
+    reason = _reason(e, file, revision)
     raise ValueError(f"model {repository!r} is no folder, and could not be fetched from the hub: {reason}") from None
+  raise ValueError(
+    f"model {repository!r} has neither model.safetensors nor flax_model.msgpack, whole or in shards, on the hub; "
+    "pickled weights (.bin) are refused because reading a pickle runs code"
+  )
+
+
+def _reason(error: Exception, file: str, revision: str | None) -> str:
+  """Why it was not fetched, and what to do; huggingface_hub tells it in several lines."""
+  from huggingface_hub import constants, errors
+
+  if isinstance(error, errors.GatedRepoError):
+    return "its licence must be accepted on its page, and HF_TOKEN set"
+  if isinstance(error, errors.RepositoryNotFoundError):
+    return "there is no repository of that name, or it is private and needs HF_TOKEN"
+  if isinstance(error, errors.RevisionNotFoundError):
+    return f"it has no revision {revision!r}"
+  if isinstance(error, errors.RemoteEntryNotFoundError):
+    return f"it has no file {file!r}"
+  if isinstance(error, errors.LocalEntryNotFoundError):
+    why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
+    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: fetch it where there is a network, or name a folder"
+  return " ".join(str(error).split())[:300] or type(error).__name__

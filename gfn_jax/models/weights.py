@@ -75,12 +75,15 @@ def _read_msgpack(file: pathlib.Path) -> Tensors:
       )
       yield from _walk(unpacker, peek, ())
   except Exception as e:  # msgpack raises whatever the bytes happen to spell
-    raise ValueError(f"{file} is damaged: {type(e).__name__}: {e}") from None
+    raise ValueError(f"{file} is damaged: {type(e).__name__}: {' '.join(str(e).split())[:200]}") from None
 
 
 def _walk(unpacker: msgpack.Unpacker, peek: mmap.mmap, path: tuple[str, ...]) -> Tensors:
   if not _is_map(peek[unpacker.tell()]):
-    yield ".".join(path), np.asarray(unpacker.unpack())
+    leaf = unpacker.unpack()
+    if not (path and isinstance(leaf, np.ndarray)):
+      raise TypeError(f"a {type(leaf).__name__} where {'an array' if path else 'a tree'} should stand")
+    yield ".".join(path), leaf
     return
   size = unpacker.read_map_header()
   for i in range(size):
@@ -89,7 +92,9 @@ def _walk(unpacker: msgpack.Unpacker, peek: mmap.mmap, path: tuple[str, ...]) ->
       rest: dict[str, Any] = {key: unpacker.unpack()} | {unpacker.unpack(): unpacker.unpack() for _ in range(size - 1)}
       yield ".".join(path), flax.serialization._unchunk(rest)
       return
-    yield from _walk(unpacker, peek, (*path, str(key)))
+    if not isinstance(key, str):
+      raise TypeError(f"a {type(key).__name__} where a name should stand")
+    yield from _walk(unpacker, peek, (*path, key))
 
 
 def _is_map(byte: int) -> bool:
