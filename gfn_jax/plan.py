@@ -170,18 +170,21 @@ def lower_step(
   return step.lower(params, *small, state, batch), params, state
 
 
-def plan_memory(config: ml_collections.ConfigDict, layout: Layout, prompt_tokens: int) -> Memory:
-  """Bytes on each device: parameters and state by their shapes, the rest as XLA's compiler allocates it.
-
-  Raises:
-    ValueError: JAX has fewer devices than the layout.
-  """
+def compile_step(
+  config: ml_collections.ConfigDict, layout: Layout, prompt_tokens: int
+) -> tuple[jax.stages.Compiled, dict, TrainState]:
+  """`lower_step` for the first devices that JAX has, compiled. Raises ValueError where it has too few."""
   devices = jax.devices()
   if len(devices) < layout.num_devices:
     raise ValueError(f"{layout.num_devices} devices are wanted, and JAX has {len(devices)}")
   mesh = make_mesh(devices[: layout.num_devices], layout.num_model)
   lowered, params, state = lower_step(config, layout.model, mesh, prompt_tokens)
-  analysis = lowered.compile(compiler_options=_COMPILER_OPTIONS).memory_analysis()
+  return lowered.compile(compiler_options=_COMPILER_OPTIONS), params, state
+
+
+def memory_of(compiled: jax.stages.Compiled, params: dict, state: TrainState) -> Memory:
+  """Bytes on each device: parameters and state by their shapes, the rest as XLA's compiler allocates it."""
+  analysis = compiled.memory_analysis()
   gradients = bytes_per_device(state.trained)
   # Outputs beyond those that take the donated state's place.
   allocated = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
@@ -289,7 +292,8 @@ def main() -> int:
   targets = {name: fitting_targets(config, model) for name, model in models.items()}
   for layout in layouts:
     config.lora.targets = targets[layout.name]
-    print(table_row(layout, plan_memory(config, layout, f.prompt_tokens)), flush=True)
+    memory = memory_of(*compile_step(config, layout, f.prompt_tokens))
+    print(table_row(layout, memory), flush=True)
   print(f"\n{notes(config, targets, f.prompt_tokens)}")
   for name, model in models.items():
     if f.model_parallel == "auto" and any(x.name == name and x.num_data > 1 for x in layouts):

@@ -12,7 +12,6 @@ from gfn_jax.models import save_pretrained
 from gfn_jax.models.architectures import lora_targets, read_config
 from gfn_jax.models.hf import load_config
 from gfn_jax.models.shapes import SHAPES
-from gfn_jax.parallel import make_mesh
 from testing import FAMILIES, assert_one_line, run_commands, run_python, tiny_hf_config, tiny_pretrained
 
 SMOKE = ["gfn_jax.plan", "--config=configs/arith.py:smoke"]
@@ -118,18 +117,17 @@ def tiny_config(**fields):
 
 def test_bytes_are_those_of_the_compiled_step():
   config, model = tiny_config(), read_config(tiny_hf_config("llama", vocab_size=72))
-  layout = plan.Layout("tiny", model, 1, 1)
-  memory = plan.plan_memory(config, layout, prompt_tokens=8)
+  compiled, params, state = plan.compile_step(config, plan.Layout("tiny", model, 1, 1), prompt_tokens=8)
+  memory = plan.memory_of(compiled, params, state)
   weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 48 + 2 * 32) + 2 * 72 * 32 + 32
   assert memory.params == 4 * weights
   adapter = 4 * 2 * (2 * (32 * 4) + 2 * (4 * 32))
   assert memory.gradients == adapter
   assert memory.state == 3 * adapter + 4 * 4  # step; the counts of AdamW, of its schedule, of log_partition's Adam
   assert memory.total == memory.params + memory.state + memory.gradients + memory.temporaries
-  lowered, params, state = plan.lower_step(config, model, make_mesh(jax.devices()[:1], 1), 8)
   batch = plan.abstract_batch(config, 8)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
-  analysis = lowered.compile(compiler_options=plan._COMPILER_OPTIONS).memory_analysis()
+  analysis = compiled.memory_analysis()
   # The vocabulary's mask and the temperature are arguments too; dropout's key and a tb loss's query_ids are not used.
   assert analysis.argument_size_in_bytes == size((params, state, batch)) - size(batch.query_ids) + 72 + 4
   # Logits of a micro-batch alone: a backward pass needs them.
