@@ -68,16 +68,21 @@ class Checkpoints:
   def restore_adapter(self, step: int | None = None) -> tuple[int, dict] | None:
     """(step, the adapter's {projection: {"lora_a", "lora_b"}}) of one checkpoint, or of the newest that restores.
 
-    Whatever model it belongs to; nothing is deleted. None if there is no such checkpoint.
+    Whatever model it belongs to; nothing is deleted. None if there is no such checkpoint, or it cannot be read.
     """
-    steps = sorted(self._manager.all_steps(), reverse=True) if step is None else [step]
-    for candidate in steps:
+    for candidate in reversed(self.steps()):
+      if step not in (None, candidate):
+        continue
       try:
         whole = self._manager.restore(candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
         return candidate, whole["state"]["trained"]["lora"]["params"]["layers"]
       except Exception as e:  # as in `restore`
         logging.warning("checkpoint %d cannot be read: %s", candidate, (str(e).strip() or type(e).__name__)[:200])
     return None
+
+  def steps(self) -> list[int]:
+    """The steps that have a checkpoint, in order."""
+    return sorted(self._manager.all_steps())
 
   def wait(self) -> None:
     """Until what was saved stands whole on disk. Raises what the save raised."""

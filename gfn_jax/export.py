@@ -63,11 +63,12 @@ def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) ->
     raise ValueError(f"{workdir / 'config.json'} is damaged: it lacks the field {e.args[0]!r}") from None
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
   try:
-    found = checkpoints.restore_adapter(step)
+    found, steps = checkpoints.restore_adapter(step), checkpoints.steps()
   finally:
     checkpoints.close()
   if found is None:
-    raise ValueError(f"{workdir / 'checkpoints'} has no checkpoint {'yet' if step is None else step}")
+    have = f"of {', '.join(map(str, steps))}" if steps else "none"
+    raise ValueError(f"{workdir / 'checkpoints'} has no whole checkpoint{'' if step is None else f' {step}'}: it has {have}")
   print(f"adapter of step {found[0]}")
   return base, Lora({"layers": jax.tree.map(jnp.asarray, found[1])}, lora_config)
 

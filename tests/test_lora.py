@@ -1,14 +1,20 @@
 """Adapters in PEFT's format: PEFT reads ours, we read PEFT's, and what does not fit is named."""
 
+import dataclasses
+import functools
 import json
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from gfn_jax.models import load_adapter, load_pretrained, logits, save_adapter
+from gfn_jax.config import base_config
+from gfn_jax.models import load_adapter, load_pretrained, logits, merge_lora, save_adapter, save_pretrained
 from gfn_jax.models.architectures import lora_targets
+from gfn_jax.train import starting_adapter
 from testing import (
+  FAMILIES,
   assert_logits,
   random_lora,
   tiny_hf_config,
@@ -21,17 +27,33 @@ from testing import (
 TARGETS = {
   "gptj": (("k_proj", "v_proj"), ("q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out")),
   "gpt2": (("c_attn",), ("c_attn", "c_proj", "c_fc"), ("attn.c_proj",)),
+  "gpt_neox": (("query_key_value", "attention.dense", "dense_h_to_4h", "dense_4h_to_h"),),
+  "llama": (("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"),),
 }
+for _family in FAMILIES:
+  TARGETS.setdefault(_family, TARGETS["llama"])
+# (family, targets, rslora): all of them for the first two families, which are all that orientations differ in.
+CASES = [
+  (family, targets, rslora)
+  for family in FAMILIES
+  for targets in TARGETS[family]
+  for rslora in ((False, True) if family in ("gptj", "gpt2") else (False,))
+]
+case_ids = [f"{family}-{targets[0]}-{len(targets)}{'-rslora' * rslora}" for family, targets, rslora in CASES]
 
 
-@pytest.fixture(scope="module", params=("gptj", "gpt2"))
-def base(request, tmp_path_factory):
-  """(family, folder of a checkpoint of transformers, ours loaded from it)."""
+@pytest.fixture(scope="module")
+def base_of(tmp_path_factory):
+  """family -> (folder of a checkpoint of transformers, ours loaded from it)."""
   pytest.importorskip("peft")
-  folder = tmp_path_factory.mktemp(request.param)
-  model = torch_model(tiny_hf_config(request.param))
-  model.save_pretrained(folder)
-  return request.param, folder, load_pretrained(folder)
+
+  @functools.cache
+  def make(family):
+    folder = tmp_path_factory.mktemp(family)
+    torch_model(tiny_hf_config(family)).save_pretrained(folder)
+    return folder, load_pretrained(folder)
+
+  return make
 
 
 def torch_base(folder):
@@ -47,13 +69,12 @@ def assert_same_adapted_model(pretrained, lora, peft_model):
   assert np.abs(ours - logits(pretrained, tokens, mask))[mask].max() > 0.1  # the adapter does something
 
 
-@pytest.mark.parametrize("rslora", (False, True), ids=("lora", "rslora"))
-@pytest.mark.parametrize("which", (0, 1, -1))
-def test_peft_loads_ours(base, tmp_path, which, rslora):
+@pytest.mark.parametrize(("family", "targets", "rslora"), CASES, ids=case_ids)
+def test_peft_loads_ours(base_of, tmp_path, family, targets, rslora):
   import peft
 
-  family, folder, pretrained = base
-  lora = random_lora(pretrained, TARGETS[family][which], rslora=rslora, dropout=0.1)
+  folder, pretrained = base_of(family)
+  lora = random_lora(pretrained, targets, rslora=rslora, dropout=0.1 * (family == "gptj"))
   save_adapter(tmp_path, lora, pretrained)
   assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
   model = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path).eval()
@@ -66,21 +87,99 @@ def test_peft_loads_ours(base, tmp_path, which, rslora):
       np.testing.assert_array_equal(loaded.params["layers"][name][key], leaf)
 
 
-@pytest.mark.parametrize("rslora", (False, True), ids=("lora", "rslora"))
-@pytest.mark.parametrize("which", (0, 1, -1))
-def test_we_load_pefts(base, tmp_path, which, rslora):
+@pytest.mark.parametrize(("family", "targets", "rslora"), CASES, ids=case_ids)
+def test_we_load_pefts(base_of, tmp_path, family, targets, rslora):
   import peft
   import torch
 
-  family, folder, pretrained = base
+  folder, pretrained = base_of(family)
   torch.manual_seed(1)
   config = peft.LoraConfig(
-    r=4, lora_alpha=8, target_modules=list(TARGETS[family][which]), fan_in_fan_out=family == "gpt2",
+    r=4, lora_alpha=8, target_modules=list(targets), fan_in_fan_out=family == "gpt2",
     use_rslora=rslora, init_lora_weights=False, task_type="CAUSAL_LM",
   )  # fmt: skip
   model = peft.get_peft_model(torch_base(folder), config).eval()
   model.save_pretrained(tmp_path)
   assert_same_adapted_model(pretrained, load_adapter(tmp_path, pretrained), model)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_merged_model_is_base_and_adapter(base_of, tmp_path, family):
+  """Here, in transformers, and as peft merges it."""
+  import peft
+
+  folder, pretrained = base_of(family)
+  lora = random_lora(pretrained, rslora=family == "gptj")
+  kept = jax.tree.map(np.array, pretrained.params)
+  merged = merge_lora(pretrained, lora)
+  jax.tree.map(np.testing.assert_array_equal, pretrained.params, kept)  # the base stays
+  tokens, mask = tokens_and_mask(pretrained.config.vocab_size)
+  expected = logits(pretrained, tokens, mask, lora)
+  assert np.abs(expected - logits(pretrained, tokens, mask))[mask].max() > 0.1
+  assert_logits(logits(merged, tokens, mask), expected, mask)
+  save_pretrained(tmp_path / "merged", merged)
+  assert_logits(torch_logits(torch_base(tmp_path / "merged"), tokens, mask), expected, mask)
+  save_adapter(tmp_path / "adapter", lora, pretrained)
+  theirs = peft.PeftModel.from_pretrained(torch_base(folder), tmp_path / "adapter").merge_and_unload()
+  assert_logits(torch_logits(theirs, tokens, mask), expected, mask)
+
+
+def test_a_merge_rounds_once():
+  """The sum is made in float32: half a step of bfloat16 from what it should be, and no more."""
+  pretrained = tiny_pretrained()
+  half = dataclasses.replace(pretrained, params=jax.tree.map(lambda x: x.astype("bfloat16"), pretrained.params))
+  lora = random_lora(half, ("q_proj",))
+  merged = merge_lora(half, lora).params["layers"]["q"]["kernel"]
+  a, b = (np.asarray(lora.params["layers"]["q"][k], np.float64) for k in ("lora_a", "lora_b"))
+  exact = np.asarray(half.params["layers"]["q"]["kernel"], np.float64) + lora.config.scale * (a @ b)
+  assert merged.dtype == "bfloat16"
+  assert (np.abs(np.asarray(merged, np.float64) - exact) <= 2.0**-8 * np.abs(exact) + 1e-9).all()
+
+
+# config.lora.init_from.
+
+
+def config_with(path, **fields):
+  config = base_config()
+  config.lora.update({"rank": 4, "alpha": 8.0, "targets": ("q_proj", "v_proj"), "init_from": str(path)} | fields)
+  return config
+
+
+def test_a_run_starts_from_pefts_adapter(base_of, tmp_path):
+  import peft
+
+  folder, pretrained = base_of("llama")
+  options = peft.LoraConfig(
+    r=4, lora_alpha=8, target_modules=["v_proj", "q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"
+  )
+  model = peft.get_peft_model(torch_base(folder), options).eval()
+  model.save_pretrained(tmp_path)
+  lora = starting_adapter(config_with(tmp_path, dropout=0.25), pretrained)
+  assert lora.config.dropout == 0.25  # the run's own
+  assert_same_adapted_model(pretrained, lora, model)
+  fresh = starting_adapter(config_with(tmp_path, init_from=None), pretrained)
+  tokens, _ = tokens_and_mask(pretrained.config.vocab_size)
+  np.testing.assert_array_equal(logits(pretrained, tokens, lora=fresh), logits(pretrained, tokens))
+
+
+@pytest.mark.parametrize(
+  ("fields", "parts"),
+  (
+    ({"rank": 8}, ("config.lora.rank is 8", "has 4")),
+    ({"alpha": 16.0}, ("config.lora.alpha is 16.0", "has 8.0")),
+    ({"targets": ("q_proj", "k_proj")}, ("config.lora.targets is ('q', 'k')", "has ('q', 'v')")),
+    ({"rslora": True}, ("config.lora.rslora is True", "has False")),
+    ({"init_from": "nowhere"}, ("nowhere is no adapter",)),
+  ),
+  ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_run_refuses_another_adapter_by_name(adapter, fields, parts):
+  pretrained, path = adapter
+  starting_adapter(config_with(path), pretrained)
+  with pytest.raises(ValueError) as caught:
+    starting_adapter(config_with(path, **fields), pretrained)
+  for part in (*parts, fields.get("init_from", str(path))):
+    assert part in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_target_names():
