@@ -68,7 +68,8 @@ def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) ->
     checkpoints.close()
   if found is None:
     have = f"of {', '.join(map(str, steps))}" if steps else "none"
-    raise ValueError(f"{workdir / 'checkpoints'} has no whole checkpoint{'' if step is None else f' {step}'}: it has {have}")
+    wanted = "" if step is None else f" {step}"
+    raise ValueError(f"{workdir / 'checkpoints'} has no whole checkpoint{wanted}: it has {have}")
   print(f"adapter of step {found[0]}")
   return base, Lora({"layers": jax.tree.map(jnp.asarray, found[1])}, lora_config)
 

@@ -52,7 +52,7 @@ def test_embedded_names():
 
 @pytest.mark.parametrize(
   "name",
-  ("", "nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/c", "a/b/c/d.gguf", "nope.gguf", "owner/", "a/b/c.bin"),
+  ("", "nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/c", "a/b/c/d.gguf", "nope.gguf", "own/", "a/b/c.bin"),
 )
 def test_names_that_are_nothing(name):
   assert "no folder, no .gguf file, and no hub id (owner/name)" in error_of(name)
