@@ -66,7 +66,8 @@ def test_rounding(dtype):
   error = np.abs(np.asarray(matmul(x, q), np.float64) - expected) / np.abs(expected).max(0)
   assert error.max() < (1e-5 if dtype == "float32" else 0.02)
   gradient = jax.grad(lambda x: matmul(x, q).astype(jnp.float32)[:, 0].sum())(x)
-  np.testing.assert_allclose(np.asarray(gradient, np.float64), np.broadcast_to(back[:, 0], x.shape), rtol=0.02, atol=1e-6)
+  expected = np.broadcast_to(back[:, 0], x.shape)
+  np.testing.assert_allclose(np.asarray(gradient, np.float64), expected, rtol=0.02, atol=1e-6)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -75,7 +75,7 @@ def test_sound_shards(sharded):
   assert_same_params(load_pretrained(sharded[0]).params, cached_pretrained().params)
 
 
-@pytest.mark.parametrize("outside", ("../x.safetensors", "{}/x.safetensors", "sub/x.safetensors", "..", ".", "", "a\\x"))
+@pytest.mark.parametrize("outside", ("../x.safetensors", "{}/x.safetensors", "sub/x.safetensors", "..", "", "a\\x"))
 def test_index_that_leaves_its_folder(sharded, outside):
   """A sound file stands there: it must not be read all the same."""
   folder, weight_map = sharded
@@ -140,7 +140,7 @@ def test_the_same_tensor_in_two_shards_is_still_a_missing_one(sharded):
 # Pickles, and code.
 
 
-@pytest.mark.parametrize("name", ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "consolidated.00.pth"))
+@pytest.mark.parametrize("name", ("pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.pt", "x.00.pth"))
 def test_pickles_are_refused_with_the_reason(tmp_path, name):
   write_config(tmp_path)
   (tmp_path / name).write_bytes(b"\x80\x04.")
@@ -412,8 +412,11 @@ def test_rotary_options_are_honoured_or_refused(family, form):
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
   "option",
-  ("logit_scale", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv", "num_experts",
-   "qkv_bias", "alibi", "use_bidirectional_attention", "is_encoder_decoder", "residual_multiplier", "partial_rotary"),
+  (
+    "logit_scale", "final_logit_softcapping", "attn_logit_softcapping", "query_pre_attn_scalar", "clip_qkv",
+    "num_experts", "qkv_bias", "alibi", "use_bidirectional_attention", "is_encoder_decoder", "residual_multiplier",
+    "partial_rotary",
+  ),
 )  # fmt: skip
 def test_unknown_options_are_refused_by_name(family, option):
   with pytest.raises(ValueError, match=f"{family} option {option}=1.5 is not supported"):
@@ -641,7 +644,7 @@ before = peak()
 params = load_pretrained({folder!r}, {dtype!r}).params
 leaves = jax.tree.leaves(params)
 jax.block_until_ready(leaves)
-print(json.dumps([peak() - before, sum(x.nbytes for x in leaves), max(x.nbytes for x in (params["embed"]["embedding"],))]))
+print(json.dumps([peak() - before, sum(x.nbytes for x in leaves), params["embed"]["embedding"].nbytes]))
 """
 
 

@@ -389,7 +389,9 @@ class _Options(UserDict):
     return self[name] if name in self else default
 
 
-_SIZES = ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "max_positions")
+_SIZES = (
+  "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "max_positions",
+)  # fmt: skip
 
 
 def _check_sizes(config: ModelConfig) -> None:
@@ -406,7 +408,7 @@ def _check_sizes(config: ModelConfig) -> None:
   require(heads % groups == 0, f"num_kv_heads={groups} must divide num_heads={heads}")
   if r is not None:
     turned = f"the rotary embedding turns {r.dim} of {config.head_dim} channels of a head"
-    require(0 < r.dim <= config.head_dim and r.dim % 2 == 0, f"{turned}: must be an even number of them, and at least 2")
+    require(0 < r.dim <= config.head_dim and r.dim % 2 == 0, f"{turned}: must be an even number, and at least 2")
 
 
 def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:

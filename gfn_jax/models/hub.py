@@ -86,5 +86,6 @@ def _reason(error: Exception, file: str, revision: str | None) -> str:
     return f"it has no file {file!r}"
   if isinstance(error, errors.LocalEntryNotFoundError):
     why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
-    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: fetch it where there is a network, or name a folder"
+    remedy = "fetch it where there is a network, or name a folder"
+    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: {remedy}"
   return " ".join(str(error).split())[:300] or type(error).__name__
