@@ -16,6 +16,7 @@ from gfn_jax.models import (
   Lora,
   LoraConfig,
   Pretrained,
+  init_lora,
   load_adapter,
   load_pretrained,
   merge_lora,
@@ -67,9 +68,14 @@ def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) ->
   finally:
     checkpoints.close()
   if found is None:
-    have = f"of {', '.join(map(str, steps))}" if steps else "none"
-    wanted = "" if step is None else f" {step}"
-    raise ValueError(f"{workdir / 'checkpoints'} has no whole checkpoint{wanted}: it has {have}")
+    wanted = "checkpoint" if step is None else f"checkpoint {step}"
+    have = ", ".join(map(str, steps)) or "none"
+    raise ValueError(f"{workdir / 'checkpoints'} has no whole {wanted}: it has {have}")
+  shapes = lambda layers: {n: {k: x.shape for k, x in leaves.items()} for n, leaves in layers.items()}  # noqa: E731
+  wanted = shapes(jax.eval_shape(lambda: init_lora(base.config, lora_config, jax.random.key(0))).params["layers"])
+  wrong = [n for n, leaves in wanted.items() if shapes(found[1]).get(n) != leaves]
+  if wrong:
+    raise ValueError(f"the adapter in {workdir} does not fit {base.source}: {wrong[0]} has other sizes")
   print(f"adapter of step {found[0]}")
   return base, Lora({"layers": jax.tree.map(jnp.asarray, found[1])}, lora_config)
 

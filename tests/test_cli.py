@@ -9,9 +9,9 @@ import sys
 import pytest
 
 from gfn_jax import cli
-from gfn_jax.models import save_pretrained
+from gfn_jax.models import load_pretrained, save_adapter, save_pretrained
 from gfn_jax.version import __version__
-from testing import REPOSITORY, assert_one_line, run_commands, tiny_hf_config, tiny_pretrained
+from testing import REPOSITORY, assert_one_line, random_lora, run_commands, tiny_hf_config, tiny_pretrained
 
 ARITH = "--config=configs/arith.py"
 SMOKE = "--config=configs/arith.py:smoke"
@@ -46,6 +46,8 @@ def folder(tmp_path_factory):
   save_pretrained(folder / "damaged", tiny_pretrained())
   weights = folder / "damaged" / "model.safetensors"
   weights.write_bytes(weights.read_bytes()[:1000])
+  arith = load_pretrained("embedded/arith-2m")
+  save_adapter(folder / "adapter", random_lora(arith, ("q_proj", "v_proj")), arith)
   (folder / "hollow").mkdir()
   (folder / "hollow" / "config.json").write_text(json.dumps(tiny_hf_config()))
   (folder / "empty").mkdir()
@@ -91,6 +93,12 @@ CASES = {
   "damaged weights": ([SMOKE, "--config.model.name={}/damaged"], ["{}/damaged/model.safetensors", "damaged"]),
   "unknown task": ([SMOKE, "--config.task=chess"], ["'chess'", "choose from arith"]),
   "unknown LoRA target": ([SMOKE, "--config.lora.targets=('q_prj',)"], ["q_prj", "q_proj"]),
+  "adapter of another rank": ([SMOKE, "--config.lora.init_from={}/adapter"], ["config.lora.rank is 16", "{}/adapter"]),
+  "adapter on other projections": (
+    [SMOKE, "--config.lora.init_from={}/adapter", "--config.lora.rank=4", "--config.lora.alpha=8"],
+    ["config.lora.targets is ('q', 'k', 'v', 'o')", "has ('q', 'v')"],
+  ),
+  "adapter that is not there": ([SMOKE, "--config.lora.init_from={}/empty"], ["{}/empty is no adapter"]),
   "data.path without files": ([SMOKE, "--config.data.path={}/empty"], ["{}/empty", "hw_1000.json"]),
   "missing test_path": ([SMOKE, "--config.data.test_path={}/no.json"], ["{}/no.json", "No such file"]),
   "evaluate: no adapter there": (["gfn_jax.evaluate", SMOKE, "--adapter={}/empty", "--output={}/r.json"], ["{}/empty"]),

@@ -52,7 +52,7 @@ def test_embedded_names():
 
 @pytest.mark.parametrize(
   "name",
-  ("", "nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/c", "a/b/c/d.gguf", "nope.gguf", "own/", "a/b/c.bin"),
+  ("", "nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/c", "a/b/c/d.gguf", "nope.gguf", "a/", "a/b/c.bin"),
 )
 def test_names_that_are_nothing(name):
   assert "no folder, no .gguf file, and no hub id (owner/name)" in error_of(name)
@@ -144,9 +144,9 @@ class _Hub(http.server.BaseHTTPRequestHandler):
           return self._send(404, X_Error_Code="RevisionNotFound", X_Error_Message=f"Invalid rev id: {revision}")
         return self._json({"id": repository, "sha": commits[revision], "siblings": [{"rfilename": n} for n in files]})
       if path.startswith(f"api/models/{repository}/tree/"):
-        return self._json([
-          {"type": "file", "path": n, "size": len(x), "oid": hashlib.sha1(x).hexdigest()} for n, x in files.items()
-        ])
+        return self._json(
+          [{"type": "file", "path": n, "size": len(x), "oid": hashlib.sha1(x).hexdigest()} for n, x in files.items()]
+        )
       if path.startswith(f"{repository}/resolve/"):
         commit, name = path.removeprefix(f"{repository}/resolve/").split("/", 1)
         commit = commits.get(commit, commit)

@@ -407,9 +407,8 @@ def _check_sizes(config: ModelConfig) -> None:
   heads, groups, r = config.num_heads, config.num_kv_heads, config.rotary
   require(heads % groups == 0, f"num_kv_heads={groups} must divide num_heads={heads}")
   if r is not None:
-    even = 0 < r.dim <= config.head_dim and r.dim % 2 == 0
     turned = f"the rotary embedding turns {r.dim} of {config.head_dim} channels of a head"
-    require(even, f"{turned}: must be an even number of them, and at least 2")
+    require(0 < r.dim <= config.head_dim and r.dim % 2 == 0, f"{turned}: must be an even number, and at least 2")
 
 
 def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:

@@ -1,6 +1,5 @@
 """Where a model's files are: in the package, in a local folder, in a .gguf file, or on the Hugging Face hub."""
 
-from collections.abc import Sequence
 import importlib.resources
 import os
 import pathlib
@@ -13,7 +12,7 @@ _WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["flax_model.msgpack",
 _SUBFOLDERS = ["*/*"]
 
 
-def find_model(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> pathlib.Path:
+def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
   """A folder with the model's files, or its .gguf file.
 
   Args:
@@ -21,7 +20,6 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
       repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's own: HF_HOME,
       HF_HUB_OFFLINE, HF_TOKEN.
     revision: of a hub repository: a branch, a tag or a commit; None for its main branch.
-    weights: False fetches no weights from the hub, unless a .gguf file is named, which is whole or not there.
 
   Raises:
     ValueError: there is no such model, or the hub cannot be reached.
@@ -43,10 +41,10 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
   repository, _, file = rest.partition("/")
   if not repository or owner in ("", ".", "..", "~") or (file and ("/" in file or not file.endswith(".gguf"))):
     raise ValueError(f"model {name!r} is no folder, no .gguf file, and no hub id (owner/name) either")
-  return _fetch(f"{owner}/{repository}", file, revision, _WEIGHTS if weights else ())
+  return _fetch(f"{owner}/{repository}", file, revision)
 
 
-def _fetch(repository: str, file: str, revision: str | None, weights: Sequence[list[str]]) -> pathlib.Path:
+def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
   import huggingface_hub  # only here: everything else works without a network
 
   try:
@@ -61,7 +59,7 @@ def _fetch(repository: str, file: str, revision: str | None, weights: Sequence[l
       )
 
     folder = snapshot(_TEXTS)
-    for patterns in weights:
+    for patterns in _WEIGHTS:
       folder = snapshot(patterns)
       if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
         return folder
@@ -88,6 +86,6 @@ def _reason(error: Exception, file: str, revision: str | None) -> str:
     return f"it has no file {file!r}"
   if isinstance(error, errors.LocalEntryNotFoundError):
     why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
-    advice = "fetch it where there is a network, or name a folder"
-    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: {advice}"
+    remedy = "fetch it where there is a network, or name a folder"
+    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: {remedy}"
   return " ".join(str(error).split())[:300] or type(error).__name__
