@@ -4,6 +4,7 @@ import importlib.util
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -80,3 +81,19 @@ def test_arith_trains_on_it(file, tmp_path):
   assert np.isfinite(record["loss"]) and record["log_reward_mean"] < -10
   assert (tmp_path / "run/adapter/adapter_model.safetensors").is_file()
   assert "arith/gfn/accuracy/3" in json.loads((tmp_path / "run/results.json").read_text())
+
+
+def test_int8_moves_its_logits_a_little(file, smollm2):
+  text = "The quick brown fox jumps over the lazy dog. Question: 6 - 0 - 4 = ? Answer: 6 - 0 = 6, 6 - 4 = 2."
+  tokens = np.array([smollm2.tokenizer.encode(text)])
+  small = load_pretrained(file, quantization="int8")
+  exact, ours = (np.asarray(gfn_jax.models.logits(p, tokens), np.float64)[0] for p in (smollm2, small))
+  log_p, log_q = (np.asarray(jax.nn.log_softmax(x)) for x in (exact, ours))
+  error = np.sqrt(np.mean((ours - exact) ** 2))
+  kl = (np.exp(log_p) * (log_p - log_q)).sum(-1).mean()
+  sizes = [sum(x.nbytes for x in jax.tree.leaves(p.params)) / 1e6 for p in (smollm2, small)]
+  print(
+    f"int8: {sizes[0]:.0f} MB to {sizes[1]:.0f} MB; logits, of std {exact.std():.2f}, move by {error:.3f} (root mean "
+    f"square); KL(float32 || int8) of the next token {kl:.5f} nats"
+  )
+  assert 0 < error < 0.1 * exact.std() and kl < 0.02

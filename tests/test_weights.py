@@ -614,15 +614,17 @@ _WRITE = """
 import json, pathlib
 import ml_dtypes, numpy as np, safetensors.numpy
 
-folder, L, D, F, V = pathlib.Path({folder!r}), 12, 768, 2304, 24576
-fields = dict(model_type="llama", hidden_size=D, num_hidden_layers=L, num_attention_heads=12, num_key_value_heads=4,
-              intermediate_size=F, vocab_size=V, max_position_embeddings=64, rms_norm_eps=1e-5)
+folder, (L, D, F, V, heads, kv_heads) = pathlib.Path({folder!r}), {sizes}
+fields = dict(model_type="llama", hidden_size=D, num_hidden_layers=L, num_attention_heads=heads,
+              num_key_value_heads=kv_heads, intermediate_size=F, vocab_size=V, max_position_embeddings=64,
+              rms_norm_eps=1e-5, tie_word_embeddings=True)
+K = D * kv_heads // heads
 (folder / "config.json").write_text(json.dumps(fields))
-layer = {{"self_attn.q_proj": (D, D), "self_attn.k_proj": (D // 3, D), "self_attn.v_proj": (D // 3, D),
+layer = {{"self_attn.q_proj": (D, D), "self_attn.k_proj": (K, D), "self_attn.v_proj": (K, D),
          "self_attn.o_proj": (D, D), "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
          "input_layernorm": (D,), "post_attention_layernorm": (D,)}}
 shapes = {{f"model.layers.{{i}}.{{n}}.weight": s for i in range(L) for n, s in layer.items()}}
-shapes |= {{"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}}
+shapes |= {{"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,)}}
 rng, names, weight_map = np.random.default_rng(0), sorted(shapes), {{}}
 for i in range(4):
   part = names[i * len(names) // 4 : (i + 1) * len(names) // 4]
@@ -650,17 +652,25 @@ print(json.dumps([peak() - before, sum(x.nbytes for x in leaves), params["embed"
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("dtype", ("bfloat16", "float32"))
-def test_loading_holds_the_model_and_one_tensor(tmp_path, dtype):
-  """The largest resident size in loading 200 MB (bfloat16) from four shards, over that of the imports alone."""
+@pytest.mark.parametrize(
+  ("sizes", "dtype", "at_least"),
+  (
+    ((12, 768, 2304, 49152, 12, 4), "bfloat16", 190e6),
+    ((12, 768, 2304, 49152, 12, 4), "float32", 380e6),
+    ((16, 2048, 8192, 128256, 32, 8), "bfloat16", 2.4e9),  # 1.2 billion parameters: Llama 3.2 1B
+  ),
+  ids=("100M-bfloat16", "100M-float32", "1B-bfloat16"),
+)
+def test_loading_holds_the_model_and_one_tensor(tmp_path, sizes, dtype, at_least):
+  """The largest resident size in loading from four shards, over that of the imports alone."""
   tiny, folder = tmp_path / "tiny", tmp_path / "model"
   save_pretrained(tiny, cached_pretrained(family="llama"))
   for file in tiny.glob("tokenizer*"):
     file.unlink()
   folder.mkdir()
-  run_python(_WRITE.format(folder=str(folder)))
+  run_python(_WRITE.format(folder=str(folder), sizes=sizes))
   out = run_python(_MEASURE.format(tiny=str(tiny), folder=str(folder), dtype=dtype))
   growth, model, largest = json.loads(out.splitlines()[-1])
-  assert model > 190e6
+  assert model > at_least
   print(f"{dtype}: peak {growth / 1e6:.0f} MB for {model / 1e6:.0f} MB and a largest tensor of {largest / 1e6:.0f} MB")
   assert growth <= 1.15 * model + largest
