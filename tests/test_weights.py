@@ -152,7 +152,7 @@ def test_code_of_a_checkpoint_is_refused(sharded):
   folder, _ = sharded
   write_config(folder, auto_map={"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"})
   (folder / "evil.py").write_text(f"open({str(folder / 'ran')!r}, 'w')")
-  assert "auto_map" in error_of(folder) and not (folder / "ran").exists()
+  assert "auto_map, trust_remote_code), which is never run" in error_of(folder) and not (folder / "ran").exists()
 
 
 def test_code_of_a_tokenizer_is_refused(tmp_path):
