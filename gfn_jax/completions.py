@@ -8,12 +8,13 @@ from jaxtyping import Bool
 import numpy as np
 
 from gfn_jax.data import query_table
-from gfn_jax.models import Lora, Pretrained, start_tokens
+from gfn_jax.models import Lora, Pretrained
+from gfn_jax.models.text import TextCodec
 from gfn_jax.sampler import Sampler
 from gfn_jax.types import Example
 
 
-class FreeText:
+class FreeText(TextCodec):
   """What a task is to sampler and rewards, for any prompt and at most one target. It cannot tell right from wrong.
 
   Args:
@@ -38,8 +39,8 @@ class FreeText:
   ):
     if pretrained.tokenizer is None:
       raise ValueError(f"model {pretrained.source!r} has no tokenizer: text needs one")
-    self._tokenizer, self._target, self.tool = pretrained.tokenizer, target, tool
-    self.start_tokens = start_tokens(self._tokenizer)
+    super().__init__(pretrained.tokenizer)
+    self._target, self.tool = target, tool
     vocab_size = pretrained.config.vocab_size
     self.allowed_tokens = np.ones(vocab_size, bool) if allowed_tokens is None else np.asarray(allowed_tokens, bool)
     if self.allowed_tokens.shape != (vocab_size,):
@@ -55,17 +56,11 @@ class FreeText:
         raise ValueError("the tokenizer has no end-of-text token: name a stop token")
     if not isinstance(stop, str):
       return stop.__index__()
-    ids = self.encode(stop)
+    ids = self.encode_after(stop)
     if len(ids) != 1 or self.decode(ids).strip() != stop.strip():  # some tokenizers drop what they do not know
       pieces = [self.decode([i]) for i in ids]
       raise ValueError(f"stop {stop!r} must be one token: to this tokenizer it is {pieces}")
     return ids[0]
-
-  def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False)
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
   def example_of(self, prompt: str) -> Example:
     return Example(prompt, rationale=None, target=self._target, answer="")

@@ -110,7 +110,7 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
     ValueError: a prompt that is empty or does not fit, by name.
   """
   prompts = [[*task.start_tokens, *task.encode(e.prompt)] for e in examples]
-  targets = [task.encode(e.target) for e in examples]
+  targets = [task.encode_after(e.target) for e in examples]
   for example, prompt, target in zip(examples, prompts, targets):
     if not prompt:
       raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")

@@ -42,35 +42,34 @@ def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) ->
     ValueError: there is nothing of the kind at `path`.
   """
   if (path / "adapter_config.json").is_file():
-    named = read_json(path / "adapter_config.json").get("base_model_name_or_path")
+    options = read_json(path / "adapter_config.json")
+    named, revision = options.get("base_model_name_or_path"), options.get("revision")
     if not (model or named):
       raise ValueError(f"{path} does not name its base model: add --model")
-    base = load_pretrained(model or named, dtype or "float32")
+    base = load_pretrained(model or named, dtype or "float32", revision=None if model else revision)
     return base, load_adapter(path, base)
   step = int(path.name) if path.name.isdecimal() and path.parent.name == "checkpoints" else None
   workdir = path if step is None else path.parent.parent
   if not (workdir / "config.json").is_file() or not (workdir / "checkpoints").is_dir():
     raise ValueError(f"--checkpoint={path} is no run's workdir, none of its checkpoints and no adapter")
   config = read_json(workdir / "config.json").get("config", {})
-  try:
-    base = load_pretrained(
-      model or config["model.name"], dtype or config["model.dtype"], revision=config["model.revision"]
-    )
-    lora_config = LoraConfig(
-      config["lora.rank"], config["lora.alpha"], lora_targets(base.config, tuple(config["lora.targets"])),
-      config["lora.dropout"], config["lora.rslora"],
-    )  # fmt: skip
-  except KeyError as e:
-    raise ValueError(f"{workdir / 'config.json'} is damaged: it lacks the field {e.args[0]!r}") from None
+  fields = ("model.name", "model.dtype", "lora.rank", "lora.alpha", "lora.targets", "lora.dropout")
+  lacking = [f for f in fields if f not in config]
+  if lacking:
+    raise ValueError(f"{workdir / 'config.json'} is damaged: it lacks the field {lacking[0]!r}")
+  name, its_dtype, rank, alpha, targets, dropout = (config[f] for f in fields)
+  base = load_pretrained(model or name, dtype or its_dtype, revision=None if model else config.get("model.revision"))
+  targets = lora_targets(base.config, tuple(targets))
+  lora_config = LoraConfig(rank, alpha, targets, dropout, config.get("lora.rslora", False))
   checkpoints = Checkpoints(workdir / "checkpoints", keep=None)
   try:
     found, steps = checkpoints.restore_adapter(step), checkpoints.steps()
   finally:
     checkpoints.close()
   if found is None:
-    wanted = "checkpoint" if step is None else f"checkpoint {step}"
+    what = "checkpoint" if step is None else f"checkpoint {step}"
     have = ", ".join(map(str, steps)) or "none"
-    raise ValueError(f"{workdir / 'checkpoints'} has no whole {wanted}: it has {have}")
+    raise ValueError(f"{workdir / 'checkpoints'} has no whole {what}: it has {have}")
   shapes = lambda layers: {n: {k: x.shape for k, x in leaves.items()} for n, leaves in layers.items()}  # noqa: E731
   wanted = shapes(jax.eval_shape(lambda: init_lora(base.config, lora_config, jax.random.key(0))).params["layers"])
   wrong = [n for n, leaves in wanted.items() if shapes(found[1]).get(n) != leaves]

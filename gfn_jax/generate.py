@@ -28,17 +28,20 @@ from gfn_jax.sampler import Sampler, check_behavior
 MAX_LENGTH = 32  # tokens, where neither --max_length nor a config says
 
 
-def base_of(adapter: str) -> str | None:
-  """The base model that an adapter names, if it does. Raises ValueError for a folder that holds no adapter."""
+def base_of(adapter: str) -> tuple[str | None, str | None]:
+  """The base model that an adapter names, if it does, and its revision. ValueError for a folder without an adapter."""
   file = pathlib.Path(adapter) / "adapter_config.json"
   if not file.is_file():
     raise ValueError(f"{adapter} is no adapter: {file.name} is missing")
-  return read_json(file).get("base_model_name_or_path")
+  options = read_json(file)
+  return options.get("base_model_name_or_path"), options.get("revision")
 
 
-def load_model(name: str, dtype: str, stop: str | None, target: str) -> tuple[Pretrained, FreeText, RewardModel | None]:
+def load_model(
+  name: str, revision: str | None, dtype: str, stop: str | None, target: str
+) -> tuple[Pretrained, FreeText, RewardModel | None]:
   """A base for free text; with a target its reward is log p(Z target | X)."""
-  pretrained = load_pretrained(name, dtype)
+  pretrained = load_pretrained(name, dtype, revision=revision)
   task = FreeText(pretrained, stop=stop, target=target)
   return pretrained, task, RewardModel(pretrained, context=np.zeros(0, np.int32)) if target else None
 
@@ -62,7 +65,7 @@ def show(records: list[dict], num_samples: int) -> None:
 
 def main() -> int:
   f, config = flags.FLAGS, _CONFIG.value
-  adapted = base_of(f.adapter) if f.adapter else None
+  adapted, revision = base_of(f.adapter) if f.adapter else (None, None)
   model = f.model or adapted
   if config is None:
     if not f.prompt:
@@ -74,6 +77,7 @@ def main() -> int:
     for flag in ("stop", "target"):
       if f[flag].value is not None:
         raise ValueError(f"--{flag}={f[flag].value}: the task of --config decides that")
+    config.model.revision = None if f.model else config.model.revision
     config.model.name, config.model.dtype = f.model or config.model.name, f.dtype or config.model.dtype
   # What can be refused before a model is loaded, is.
   defaults = (MAX_LENGTH, 0) if config is None else (config.eval.max_length, config.sampler.min_length)
@@ -82,7 +86,8 @@ def main() -> int:
   output = check_output(f.output) if f.output else None
 
   if config is None:
-    pretrained, task, reward_model = load_model(model, f.dtype or "float32", f.stop, f.target or "")
+    revision = None if f.model else revision
+    pretrained, task, reward_model = load_model(model, revision, f.dtype or "float32", f.stop, f.target or "")
   else:
     pretrained, task, reward_model = load_task(config)
   lora = load_adapter(f.adapter, pretrained) if f.adapter else None
@@ -121,7 +126,7 @@ if __name__ == "__main__":
   flags.DEFINE_integer("max_length", None, f"Of Z, in tokens; by default the config's, or {MAX_LENGTH}.")
   flags.DEFINE_integer("min_length", None, "Of Z, in tokens; by default the config's, or 0.")
   flags.DEFINE_string("stop", None, "The token that ends Z; by default the end of text.")
-  flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0)
+  flags.DEFINE_integer("seed", 0, "Of sampling.", lower_bound=0, upper_bound=2**32 - 1)
   flags.DEFINE_string("dtype", None, "Of the model in memory; by default the config's, or float32.")
   flags.DEFINE_string("output", None, "A file to write the samples to, a JSON object a line.")
   cli.launch(main, needs_config=False)

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
 from gfn_jax import cli
-from gfn_jax.config import validate
+from gfn_jax.config import base_config, validate
 from gfn_jax.models import Pretrained
 from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, read_config
 from gfn_jax.models.decoder import init_params
@@ -78,12 +78,18 @@ class Memory:
 
 
 def fitting_targets(config: ml_collections.ConfigDict, model: ModelConfig) -> tuple[str, ...]:
-  """config.lora.targets, or all attention projections where this family has not all of them."""
+  """config.lora.targets; where they are the default and this family has other names, all attention projections.
+
+  Raises:
+    ValueError: targets that somebody chose, and that the model does not have.
+  """
   targets = tuple(config.lora.targets)
   try:
     lora_targets(model, targets)
     return targets
   except ValueError:
+    if targets != tuple(base_config().lora.targets):
+      raise
     modules = ARCHITECTURES[model.family].modules
     names = [modules[f"layers.{n}"].hf_name.split("{}.")[1] for n in ATTENTION if n in model.projections()]
     return tuple(n.removeprefix("self_attn.") for n in names)

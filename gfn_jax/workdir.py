@@ -150,13 +150,17 @@ def plan(
   workdir: pathlib.Path,
 ) -> str:
   """What is about to run, in a few lines."""
-  count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))  # noqa: E731
+  # A quantised kernel's scales are no parameters of their own.
+  is_kernel = lambda x: hasattr(x, "qvalue")  # noqa: E731
+  sizes = lambda tree: (getattr(x, "qvalue", x).size for x in jax.tree.leaves(tree, is_leaf=is_kernel))  # noqa: E731
+  count = lambda tree: sum(sizes(tree))  # noqa: E731
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
   micro_batches = num_micro_batches(c, len(devices))
   r = c.reward
+  precision = c.model.quantization or c.model.dtype
   return "\n".join([
-    f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {c.model.dtype})",
+    f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {precision})",
     f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
     f"devices   {len(devices)} x {devices[0].device_kind}",
     f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "

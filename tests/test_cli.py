@@ -36,7 +36,7 @@ def test_no_config():
 
 def test_unknown_variant():
   done = run_main("--config=configs/arith.py:tiny")
-  assert_one_line(done.returncode, done.stderr, ["'tiny'", "smoke, paper, reference"])
+  assert_one_line(done.returncode, done.stderr, ["'tiny'", "smoke, smollm2, paper, reference"])
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def test_every_variant_validates_on_one_device(variant):
 
 
 def test_unknown_variant_names_the_choices():
-  with pytest.raises(ValueError, match="'tiny' is unknown: choose from smoke, paper, reference"):
+  with pytest.raises(ValueError, match="'tiny' is unknown: choose from smoke, smollm2, paper, reference"):
     arith.get_config("tiny")
 
 

@@ -63,6 +63,8 @@ class Letters:
   def encode(self, text):
     return list(map(ord, text))
 
+  encode_after = encode
+
 
 def test_padding():
   tokens, mask = data.pad_left([[1, 2, 3], [4]])

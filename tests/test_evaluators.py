@@ -19,6 +19,8 @@ class Task:
   def encode(self, text):
     return [ord(c) for c in text]
 
+  encode_after = encode
+
 
 class KnownSampler(Sampler):
   """Samples of two tokens, whose log q stands in LOG_Q: -0.5 for stopping, the rest for the first token."""

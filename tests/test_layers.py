@@ -34,7 +34,7 @@ LAYERS = (
 # The same inside packages.
 PACKAGES = {
   "models": (
-    ("rotary", "quantization", "shapes"),
+    ("rotary", "quantization", "text", "shapes"),
     ("architectures",),
     ("hub", "weights", "gguf_families", "gguf_file", "gguf_tokenizer"),
     ("gguf", "lora", "partition"),

@@ -122,7 +122,10 @@ _ROPE_FIELDS = {  # rope_type -> the fields that belong to it
 
 def _read_rotary(c: Mapping[str, Any], head_dim: int) -> Rotary:
   """transformers 5 keeps everything in `rope_parameters`; before, scaling stood apart from theta and share."""
-  options = dict(c.get("rope_parameters") or c.get("rope_scaling") or {})
+  options = c.get("rope_parameters") or c.get("rope_scaling") or {}
+  if not isinstance(options, Mapping):
+    raise ValueError(f"the rope parameters {options!r} must be an object")
+  options = dict(options)
   thetas = options.pop("rope_theta", None), c.get("rope_theta"), c.get("rotary_emb_base"), 10_000.0
   shares = options.pop("partial_rotary_factor", None), c.get("partial_rotary_factor"), c.get("rotary_pct"), 1.0
   theta, share = (next(x for x in values if x is not None) for values in (thetas, shares))
@@ -404,6 +407,8 @@ def _check_sizes(config: ModelConfig) -> None:
   for name in (*_SIZES, *(("sliding_window",) if config.sliding_window is not None else ())):
     value = getattr(config, name)
     require(isinstance(value, int) and value > 0, f"{name}={value!r} must be a positive whole number")
+  eps = config.norm_eps
+  require(isinstance(eps, float | int) and eps >= 0, f"the norms' epsilon {eps!r} must be a number")
   heads, groups, r = config.num_heads, config.num_kv_heads, config.rotary
   require(heads % groups == 0, f"num_kv_heads={groups} must divide num_heads={heads}")
   if r is not None:
@@ -418,12 +423,12 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
     ValueError: a family or an option that the decoder does not honour, or a missing field; named, with the choices.
   """
   family = hf_config.get("model_type")
-  if family not in ARCHITECTURES:
+  if not isinstance(family, str) or family not in ARCHITECTURES:
     raise ValueError(f"model_type {family!r} is not supported: choose one of {', '.join(ARCHITECTURES)}")
   if hf_config.get("auto_map"):
     raise ValueError("config.json asks for Python code of its own (auto_map, trust_remote_code), which is never run")
   architecture = ARCHITECTURES[family]
-  for option, allowed in architecture.required.items():
+  for option, allowed in {**architecture.required, "is_causal": (True, None)}.items():
     if hf_config.get(option, allowed[0]) not in allowed:
       raise ValueError(
         f"{family} option {option}={hf_config[option]!r} is not supported: must be {' or '.join(map(repr, allowed))}"
@@ -436,7 +441,7 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
   except (TypeError, ZeroDivisionError) as e:
     raise ValueError(f"config.json of a {family} model holds a value of the wrong kind: {e}") from None
   _check_sizes(config)
-  known = options.read | _IGNORED | {*architecture.required, *architecture.ignored}
+  known = options.read | _IGNORED | {"is_causal", *architecture.required, *architecture.ignored}
   for option, value in hf_config.items():
     if value and option not in known and not option.startswith(_IGNORED_PREFIXES):  # what is off changes nothing
       raise ValueError(f"{family} option {option}={str(value)[:80]} is not supported")

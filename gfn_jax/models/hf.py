@@ -40,6 +40,7 @@ class Pretrained:
     source: what it was loaded by.
     licence: as its model card tells it.
     hf_config: config.json's fields; {} for a model that has none.
+    revision: of the hub repository; None for its main branch.
   """
 
   config: ModelConfig
@@ -48,6 +49,7 @@ class Pretrained:
   source: str
   licence: str = "unknown"
   hf_config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  revision: str | None = None
 
 
 _LEAVES = {  # kind -> naming -> {leaf in the file: leaf of ours}
@@ -179,13 +181,6 @@ def _load_tokenizer(folder: pathlib.Path) -> Any:
     raise ValueError(f"the tokenizer in {folder} is damaged or not supported: {reason}") from None
 
 
-def start_tokens(tokenizer: Any) -> list[int]:
-  """What this tokenizer puts before every text: Llama's and Gemma's beginning of sequence, GPT-2's nothing."""
-  bare = tokenizer("a", add_special_tokens=False).input_ids
-  whole = tokenizer("a").input_ids
-  return list(whole[: next((i for i in range(len(whole)) if whole[i : i + len(bare)] == bare), 0)])
-
-
 def _read_licence(folder: pathlib.Path) -> str:
   card = folder / "README.md"
   found = re.search(r"^license: *(\S+)", card.read_text(errors="replace"), re.MULTILINE) if card.is_file() else None
@@ -228,7 +223,7 @@ def load_pretrained(
     naming, tensors = read_tensors(source)
   config = read_config(hf_config)
   params = _load_params(naming, tensors, source, config, dtype, quantization, shardings)
-  return Pretrained(config, params, tokenizer, os.fspath(path_or_repo), licence, hf_config)
+  return Pretrained(config, params, tokenizer, os.fspath(path_or_repo), licence, hf_config, revision)
 
 
 def load_config(path_or_repo: str | os.PathLike, revision: str | None = None) -> ModelConfig:

@@ -12,7 +12,7 @@ _WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["flax_model.msgpack",
 _SUBFOLDERS = ["*/*"]
 
 
-def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.Path:
+def find_model(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> pathlib.Path:
   """A folder with the model's files, or its .gguf file.
 
   Args:
@@ -20,6 +20,7 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.
       repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's own: HF_HOME,
       HF_HUB_OFFLINE, HF_TOKEN.
     revision: of a hub repository: a branch, a tag or a commit; None for its main branch.
+    weights: False fetches none from the hub, unless a .gguf file is named, which is whole or not there.
 
   Raises:
     ValueError: there is no such model, or the hub cannot be reached.
@@ -41,11 +42,12 @@ def find_model(name: str | os.PathLike, revision: str | None = None) -> pathlib.
   repository, _, file = rest.partition("/")
   if not repository or owner in ("", ".", "..", "~") or (file and ("/" in file or not file.endswith(".gguf"))):
     raise ValueError(f"model {name!r} is no folder, no .gguf file, and no hub id (owner/name) either")
-  return _fetch(f"{owner}/{repository}", file, revision)
+  return _fetch(f"{owner}/{repository}", file, revision, weights)
 
 
-def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
+def _fetch(repository: str, file: str, revision: str | None, weights: bool) -> pathlib.Path:
   import huggingface_hub  # only here: everything else works without a network
+  from huggingface_hub import constants
 
   try:
     if file:
@@ -59,6 +61,8 @@ def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
       )
 
     folder = snapshot(_TEXTS)
+    if not weights:
+      return folder
     for patterns in _WEIGHTS:
       folder = snapshot(patterns)
       if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
@@ -66,6 +70,11 @@ def _fetch(repository: str, file: str, revision: str | None) -> pathlib.Path:
   except Exception as e:  # of the network, the hub and the cache, each from a library of its own
     reason = _reason(e, file, revision)
     raise ValueError(f"model {repository!r} is no folder, and could not be fetched from the hub: {reason}") from None
+  if constants.is_offline_mode():
+    raise ValueError(
+      f"model {repository!r}: no weights are in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: fetch them where "
+      "there is a network"
+    )
   raise ValueError(
     f"model {repository!r} has neither model.safetensors nor flax_model.msgpack, whole or in shards, on the hub; "
     "pickled weights (.bin) are refused because reading a pickle runs code"

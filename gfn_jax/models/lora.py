@@ -92,6 +92,7 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "base_model_name_or_path": pretrained.source,
+    "revision": pretrained.revision,
     "r": lora.config.rank,
     "lora_alpha": lora.config.alpha,
     "lora_dropout": lora.config.dropout,
@@ -109,10 +110,15 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
 # Options of adapter_config.json that we honour; those that must have one value; those that say nothing about what a
 # trained adapter computes. Any other that is on is refused.
 _PEFT_READ = ("r", "lora_alpha", "lora_dropout", "target_modules", "use_rslora")
-_PEFT_REQUIRED = {"peft_type": "LORA", "bias": "none"}
+_PEFT_REQUIRED = {
+  "peft_type": ("LORA",),
+  "bias": ("none",),
+  # PiSSA, OLoRA, CorDA and LoftQ change the base's own kernels: such an adapter does not fit the base as published.
+  "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
+}
 _PEFT_IGNORED = (
-  "auto_mapping", "base_model_name_or_path", "corda_config", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
-  "inference_mode", "init_lora_weights", "loftq_config", "megatron_core", "peft_version", "qalora_group_size",
+  "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "fan_in_fan_out",
+  "inference_mode", "megatron_core", "peft_version", "qalora_group_size",
   "revision", "runtime_config", "task_type",
 )  # fmt: skip
 
@@ -130,18 +136,22 @@ def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
   options = read_json(path / "adapter_config.json")
   try:
     tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
-  except SafetensorError as e:
+  except (SafetensorError, AttributeError) as e:  # the latter for types that NumPy lacks
     raise ValueError(f"{path / 'adapter_model.safetensors'} is damaged: {e}") from None
   for option, value in options.items():
-    if option in _PEFT_REQUIRED and value != _PEFT_REQUIRED[option]:
-      choice = f"must be {_PEFT_REQUIRED[option]!r}"
+    if option in _PEFT_REQUIRED and value not in _PEFT_REQUIRED[option]:
+      choice = f"must be {' or '.join(map(repr, _PEFT_REQUIRED[option]))}"
       raise ValueError(f"{path}: adapter option {option}={value!r} is not supported: {choice}")
     if value and option not in (*_PEFT_READ, *_PEFT_REQUIRED, *_PEFT_IGNORED):
       raise ValueError(f"{path}: adapter option {option}={value!r} is not supported")
   for option in ("r", "lora_alpha", "target_modules"):
     if option not in options:
       raise ValueError(f"{path}: adapter_config.json lacks the field {option!r}")
-  if not isinstance(options["target_modules"], list):
+  rank, alpha, dropout = options["r"], options["lora_alpha"], options.get("lora_dropout") or 0.0
+  sound = isinstance(rank, int) and rank > 0 and isinstance(alpha, int | float) and alpha > 0
+  if not (sound and isinstance(dropout, int | float) and 0 <= dropout < 1):
+    raise ValueError(f"{path}: r={rank!r}, lora_alpha={alpha!r} and lora_dropout={dropout!r} are no adapter's")
+  if not (isinstance(options["target_modules"], list) and all(isinstance(t, str) for t in options["target_modules"])):
     wanted = "a list of module names, as peft writes it"
     raise ValueError(f"{path}: target_modules={options['target_modules']!r} is not supported: must be {wanted}")
   try:
@@ -149,10 +159,10 @@ def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
   except ValueError as e:
     raise ValueError(f"{path} does not fit {pretrained.source}: {e}") from None
   config = LoraConfig(
-    rank=options["r"],
-    alpha=options["lora_alpha"],
+    rank=rank,
+    alpha=alpha,
     targets=targets,
-    dropout=options.get("lora_dropout", 0.0),
+    dropout=dropout,
     rslora=options.get("use_rslora", False),
   )
   layers = {}

@@ -62,7 +62,7 @@ def _read_safetensors(file: pathlib.Path) -> Tensors:
       with safe_open(file, framework="numpy") as f:
         tensor = f.get_tensor(name)
       yield name, tensor
-  except SafetensorError as e:
+  except (SafetensorError, AttributeError) as e:  # the latter for types that NumPy lacks
     raise ValueError(f"{file} is damaged: {e}") from None
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from gfn_jax import tools
 from gfn_jax.datasets import arithmetic, expressions
-from gfn_jax.models import start_tokens
+from gfn_jax.models.text import TextCodec
 from gfn_jax.types import Example
 
 ALLOWED_CHARACTERS = frozenset("0123456789+-=,. ")  # "we limit the model to generate only numbers and operators"
@@ -44,11 +44,11 @@ def majority(answers: Sequence[str | None]) -> str | None:
   return counts.most_common(1)[0][0] if counts else None
 
 
-class ArithTask:
+class ArithTask(TextCodec):
   """Where X, Z and Y come from, how they are tokenised, and how an answer is checked.
 
   Attributes:
-    start_tokens: what stands before every text. examples: training queries; the first `num_seeded` have demonstrations.
+    examples: training queries; the first `num_seeded` have demonstrations.
     tool: the calculator. allowed_tokens: bool [V]. stop_token_id: Y's first token.
   """
 
@@ -58,8 +58,8 @@ class ArithTask:
     """`config` is the run's. Raises ValueError for data or a tokenizer that cannot serve."""
     if tokenizer is None:
       raise ValueError(f"model {config.model.name!r} has no tokenizer: the arith task needs one")
-    self._tokenizer, self._data = tokenizer, config.data
-    self.start_tokens = start_tokens(tokenizer)
+    super().__init__(tokenizer)
+    self._data = config.data
     self._builder_config = arithmetic.make_config(config.data.seed, config.data.path)
     self.tool = tools.Calculator(self.encode, self.decode, vocab_size)
     demonstrations = [to_example(r) for r in self._load("demonstrations")]
@@ -80,7 +80,7 @@ class ArithTask:
     unseeded = [Example(e.prompt, None, e.target, e.answer) for e in demonstrations[seeded:]]
     unseeded += [Example(e.prompt, None, e.target, e.answer) for e in map(to_example, self._load("train"))]
     self.examples, self.num_seeded = demonstrations[:seeded] + unseeded, seeded
-    stops = {self.encode(e.target)[0] for e in self.examples}
+    stops = {self.encode_after(e.target)[0] for e in self.examples}
     if len(stops) > 1:
       raise ValueError(f"the targets begin with different tokens {sorted(stops)[:5]}: Z would have no one stop token")
     self.stop_token_id = stops.pop()
@@ -91,12 +91,6 @@ class ArithTask:
 
   def _load(self, split: str) -> list[dict]:
     return arithmetic.load(self._builder_config, split, self._data.dir)
-
-  def encode(self, text: str) -> list[int]:
-    return self._tokenizer.encode(text, add_special_tokens=False)
-
-  def decode(self, tokens: Sequence[int]) -> str:
-    return self._tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False)
 
   def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]] | None:
     """A demonstration's Z as the rollout would have written it: (tokens, action_mask); None if too long.
