@@ -38,8 +38,8 @@ def check_behavior(
   wrong = [t for t in np.ravel(temperature).tolist() if not (t == 0 or 1e-6 <= t <= 1e6)]
   if wrong:
     raise ValueError(f"temperature {wrong[0]:g}: must be 0 (greedy) or between 1e-6 and 1e6")
-  if top_k is not None and (not isinstance(top_k, int) or top_k < 1):
-    raise ValueError(f"top_k {top_k}: must be a whole number, at least 1")
+  if top_k is not None and (not isinstance(top_k, int | np.integer) or top_k < 1):
+    raise ValueError(f"top_k {top_k}: must be at least 1, and whole")
   if top_p is not None and not 0 < top_p <= 1:
     raise ValueError(f"top_p {top_p:g}: must be above 0 and at most 1")
 
