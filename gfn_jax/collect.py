@@ -9,9 +9,9 @@ import numpy as np
 from gfn_jax import data
 from gfn_jax.models import Lora
 from gfn_jax.replay import ReplayBuffer
-from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
-from gfn_jax.types import Batch, Trajectory, terminable_prefixes
+from gfn_jax.task import Task
+from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
 
 class Collector:
@@ -21,14 +21,15 @@ class Collector:
     replay: the buffer; a run's only host state.
   """
 
-  def __init__(self, config: Any, task: Any, table: data.QueryTable, sampler: Sampler, reward_model: RewardModel):
-    """`config`: of the run. `table`: the training queries, in the order of `task.examples`.
+  def __init__(self, config: Any, task: Task, table: Queries, sampler: Sampler, reward: Any):
+    """`config`: of the run. `table`: the training queries, in the order of `task.examples`. `reward`: as
+    `rewards.Reward`.
 
     Raises:
       ValueError: fewer queries can be drawn than a step has.
     """
     self._config, self._task, self._table = config, task, table
-    self._sampler, self._reward_model = sampler, reward_model
+    self._sampler, self._reward = sampler, reward
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -45,11 +46,7 @@ class Collector:
       )
 
   def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
-    q = self._table[ids]
-    parts = self._reward_model(
-      q.prompt_tokens, q.prompt_mask, z.tokens, z.length, z.terminable, q.target_tokens, q.target_mask
-    )
-    return parts[0] + parts[1]
+    return self._reward(self._table[ids], z.tokens, z.length, z.terminable)
 
   def restore_replay(self, arrays: Mapping[str, np.ndarray]) -> None:
     """Goes on with a checkpoint's buffer; {} is the empty one."""
@@ -139,7 +136,9 @@ class Collector:
     on_policy = np.repeat(plan.temperature[fresh] == 1, n)
     examples = [self._task.examples[q] for q in np.repeat(plan.query_ids[fresh], n)]
     final = np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0]
-    right = [self._task.is_right(examples[i], z.tokens[i][: z.length[i]].tolist()) for i in np.flatnonzero(on_policy)]
-    if not right:
+    rows = np.flatnonzero(on_policy)
+    if not len(rows):
       return {}
-    return {"accuracy": float(np.mean(right)), "log_reward_policy_mean": float(final[on_policy].mean())}
+    metrics = {"log_reward_policy_mean": float(final[rows].mean())}
+    right = [self._task.is_right(examples[i], z.tokens[i][: z.length[i]].tolist()) for i in rows]
+    return metrics if right[0] is None else metrics | {"accuracy": float(np.mean(right))}

@@ -9,12 +9,11 @@ import numpy as np
 
 from gfn_jax.data import query_table
 from gfn_jax.models import Lora, Pretrained
-from gfn_jax.models.text import TextCodec
-from gfn_jax.sampler import Sampler
+from gfn_jax.task import Task
 from gfn_jax.types import Example
 
 
-class FreeText(TextCodec):
+class FreeText(Task):
   """What a task is to sampler and rewards, for any prompt and at most one target. It cannot tell right from wrong.
 
   Args:
@@ -37,40 +36,18 @@ class FreeText(TextCodec):
     tool: Any = None,
     target: str = "",
   ):
-    if pretrained.tokenizer is None:
-      raise ValueError(f"model {pretrained.source!r} has no tokenizer: text needs one")
-    super().__init__(pretrained.tokenizer)
+    super().__init__(pretrained.tokenizer, pretrained.config.vocab_size, pretrained.source)
     self._target, self.tool = target, tool
-    vocab_size = pretrained.config.vocab_size
-    self.allowed_tokens = np.ones(vocab_size, bool) if allowed_tokens is None else np.asarray(allowed_tokens, bool)
-    if self.allowed_tokens.shape != (vocab_size,):
-      raise ValueError(f"allowed_tokens has shape {self.allowed_tokens.shape}: must be ({vocab_size},), the vocabulary")
-    self.stop_token_id = self._find_stop(stop)
-    if not 0 <= self.stop_token_id < vocab_size:
-      raise ValueError(f"stop token {self.stop_token_id}: must be a token id from 0 to {vocab_size - 1}")
-
-  def _find_stop(self, stop: str | SupportsIndex | None) -> int:
-    if stop is None:
-      stop = self._tokenizer.eos_token_id
-      if stop is None:
-        raise ValueError("the tokenizer has no end-of-text token: name a stop token")
-    if not isinstance(stop, str):
-      return stop.__index__()
-    ids = self.encode_after(stop)
-    if len(ids) != 1 or self.decode(ids).strip() != stop.strip():  # some tokenizers drop what they do not know
-      pieces = [self.decode([i]) for i in ids]
-      raise ValueError(f"stop {stop!r} must be one token: to this tokenizer it is {pieces}")
-    return ids[0]
+    if allowed_tokens is not None:
+      if np.shape(allowed_tokens) != self.allowed_tokens.shape:
+        raise ValueError(
+          f"allowed_tokens has shape {np.shape(allowed_tokens)}: must be {self.allowed_tokens.shape}, the vocabulary"
+        )
+      self.allowed_tokens = np.asarray(allowed_tokens, bool)
+    self.stop_token_id = self.find_stop(stop)
 
   def example_of(self, prompt: str) -> Example:
     return Example(prompt, rationale=None, target=self._target, answer="")
-
-  def context_tokens(self, num_demonstrations: int) -> list[int]:
-    del num_demonstrations  # it has none
-    return []
-
-  def is_right(self, example: Example, tokens: Sequence[int]) -> None:
-    del example, tokens
 
 
 def sample(
@@ -112,10 +89,7 @@ def sample(
   if num_samples < 1:
     raise ValueError(f"num_samples {num_samples}: must be at least 1")
   task = FreeText(pretrained, stop=stop, allowed_tokens=allowed_tokens, tool=tool)
-  sampler = Sampler(
-    pretrained.config, pretrained.params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id,
-    tool=task.tool, max_length=max_length, min_length=min_length, top_k=top_k, top_p=top_p,
-  )  # fmt: skip
+  sampler = task.make_sampler(pretrained, max_length=max_length, min_length=min_length, top_k=top_k, top_p=top_p)
   if not prompts:
     return []
   table = query_table([task.example_of(p) for p in prompts], task, pretrained.config.max_positions, max_length)

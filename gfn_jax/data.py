@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Bool, Int
 import numpy as np
 
-from gfn_jax.types import Example
+from gfn_jax.types import Example, Queries
 
 # Streams of host randomness; each step's generator is seeded by (seed, stream, step).
 PLAN_STREAM, REPLAY_STREAM = 0, 1
@@ -80,43 +80,44 @@ def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q P"], Boo
 
 def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q Y"], Bool[np.ndarray, "Q Y"]]:
   """Token ids and their mask, as targets and samples are laid out."""
-  width = max(1, *map(len, rows))
+  width = max([1, *map(len, rows)])
   tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
     tokens[i, : len(row)], mask[i, : len(row)] = row, True
   return tokens, mask
 
 
-@dataclasses.dataclass(frozen=True)
-class QueryTable:
-  """Prompts [Q, P] and targets [Q, Y] of a list of examples, padded once for all of them."""
-
-  prompt_tokens: np.ndarray
-  prompt_mask: np.ndarray
-  target_tokens: np.ndarray
-  target_mask: np.ndarray
-
-  def __getitem__(self, ids) -> "QueryTable":
-    return QueryTable(self.prompt_tokens[ids], self.prompt_mask[ids], self.target_tokens[ids], self.target_mask[ids])
-
-
-def query_table(examples: Sequence[Example], task: Any, max_positions: int, reserved: int) -> QueryTable:
-  """Tokenises examples; a prompt begins with the task's `start_tokens`.
+def query_table(examples: Sequence[Example], task: Any, max_positions: int, reserved: int) -> Queries:
+  """Tokenises examples.
 
   Args:
+    task: `encode_prompt` and `encode_after` of it read prompts and targets.
     max_positions: the model's; `reserved`: tokens that context, Z and whatever else will take beside prompt and target.
 
   Raises:
     ValueError: a prompt that is empty or does not fit, by name.
   """
-  prompts = [[*task.start_tokens, *task.encode(e.prompt)] for e in examples]
+  prompts = [task.encode_prompt(e.prompt) for e in examples]
+  reward_prompts = [
+    prompt if e.reward_prompt is None else task.encode_prompt(e.reward_prompt) for e, prompt in zip(examples, prompts)
+  ]
   targets = [task.encode_after(e.target) for e in examples]
-  for example, prompt, target in zip(examples, prompts, targets):
-    if not prompt:
-      raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")
-    if len(prompt) + len(target) + reserved > max_positions:
-      raise ValueError(
-        f"prompt {example.prompt[:60]!r} has {len(prompt)} tokens: with {reserved + len(target)} more it exceeds the "
-        f"model's {max_positions} positions"
-      )
-  return QueryTable(*pad_left(prompts), *pad_right(targets))
+  num_rivals = max((len(e.rivals) for e in examples), default=0)
+  rivals = [task.encode_after(r) for e in examples for r in (*e.rivals, *[""] * (num_rivals - len(e.rivals)))]
+  longest_rival = max(map(len, rivals), default=0)
+  for example, *both, target in zip(examples, prompts, reward_prompts, targets):
+    needed = max(len(target), longest_rival) + reserved
+    for prompt in both:
+      if not prompt:
+        raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")
+      if len(prompt) + needed > max_positions:
+        raise ValueError(
+          f"prompt {example.prompt[:60]!r} has {len(prompt)} tokens: with {needed} more it exceeds the model's "
+          f"{max_positions} positions"
+        )
+  rows = np.empty(len(examples), object)
+  rows[:] = examples
+  split = lambda x: x.reshape(len(examples), num_rivals, x.shape[-1])  # noqa: E731
+  return Queries(
+    *pad_left(prompts), *pad_left(reward_prompts), *pad_right(targets), *map(split, pad_right(rivals)), rows
+  )

@@ -15,7 +15,7 @@ from gfn_jax.experiment import build
 from gfn_jax.files import check_output
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
-from gfn_jax.report import accuracy_table
+from gfn_jax.report import results_table
 from gfn_jax.train import reward_temperature
 from gfn_jax.workdir import write_results
 
@@ -28,11 +28,11 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
   """
   devices = jax.local_devices()
   validate(config, num_devices=1)  # of a training step, which there is none of
-  experiment = build(config, devices)
-  lora = place(load_adapter(adapter, experiment.pretrained), devices) if adapter else None
+  parts, suite = build(config, devices)
+  lora = place(load_adapter(adapter, parts.pretrained), devices) if adapter else None
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  return experiment.suite.test(lora, reward_temperature(config, config.train.num_steps), key)[0]
+  return suite.test(lora, reward_temperature(config, config.train.num_steps), key)[0]
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ def main() -> int:
   started = time.time()
   results = evaluate(config.lock(), _ADAPTER.value)
   write_results(output, config, results, time.time() - started)
-  print(accuracy_table(results, config.task))
+  print(results_table(results, config.task))
   return 0
 
 

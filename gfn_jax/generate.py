@@ -22,8 +22,9 @@ from gfn_jax.experiment import build
 from gfn_jax.files import check_output, read_json, write_text
 from gfn_jax.metrics import scores_text
 from gfn_jax.models import Pretrained, load_adapter, load_pretrained
-from gfn_jax.rewards import RewardModel
-from gfn_jax.sampler import Sampler, check_behavior
+from gfn_jax.rewards import Reward, RewardModel
+from gfn_jax.sampler import check_behavior
+from gfn_jax.task import Task
 
 MAX_LENGTH = 32  # tokens, where neither --max_length nor a config says
 
@@ -39,18 +40,18 @@ def base_of(adapter: str) -> tuple[str | None, str | None]:
 
 def load_model(
   name: str, revision: str | None, dtype: str, stop: str | None, target: str
-) -> tuple[Pretrained, FreeText, RewardModel | None]:
+) -> tuple[Pretrained, FreeText, Reward | None]:
   """A base for free text; with a target its reward is log p(Z target | X)."""
   pretrained = load_pretrained(name, dtype, revision=revision)
   task = FreeText(pretrained, stop=stop, target=target)
-  return pretrained, task, RewardModel(pretrained, context=np.zeros(0, np.int32)) if target else None
+  return pretrained, task, Reward(RewardModel(pretrained, context=np.zeros(0, np.int32))) if target else None
 
 
-def load_task(config: ml_collections.ConfigDict) -> tuple[Pretrained, Any, RewardModel]:
+def load_task(config: ml_collections.ConfigDict) -> tuple[Pretrained, Task, Any]:
   """Base, task and reward of a config."""
   validate(config, num_devices=1)  # of a training step, which there is none of
-  experiment = build(config.lock(), jax.local_devices()[:1])
-  return experiment.pretrained, experiment.task, experiment.reward_model
+  parts, _ = build(config.lock(), jax.local_devices()[:1])
+  return parts.pretrained, parts.task, parts.reward
 
 
 def show(records: list[dict], num_samples: int) -> None:
@@ -87,16 +88,13 @@ def main() -> int:
 
   if config is None:
     revision = None if f.model else revision
-    pretrained, task, reward_model = load_model(model, revision, f.dtype or "float32", f.stop, f.target or "")
+    pretrained, task, reward = load_model(model, revision, f.dtype or "float32", f.stop, f.target or "")
   else:
-    pretrained, task, reward_model = load_task(config)
+    pretrained, task, reward = load_task(config)
   lora = load_adapter(f.adapter, pretrained) if f.adapter else None
   examples = [task.example_of(p) for p in f.prompt or ()]
   examples = examples or [e for kind in task.validation_examples(1).values() for e in kind]
-  sampler = Sampler(
-    pretrained.config, pretrained.params, allowed_tokens=task.allowed_tokens, stop_token_id=task.stop_token_id,
-    tool=task.tool, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p,
-  )  # fmt: skip
+  sampler = task.make_sampler(pretrained, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p)
   demonstrations = 0 if config is None else config.reward.num_demonstrations
   reserved = len(task.context_tokens(demonstrations)) + max_length
   table = query_table(examples, task, pretrained.config.max_positions, reserved)
@@ -104,9 +102,9 @@ def main() -> int:
     lora, table.prompt_tokens, table.prompt_mask, num_samples=f.num_samples, temperature=f.temperature,
     key=jax.random.key(f.seed),
   )  # fmt: skip
-  records = sample_records(task, reward_model, examples, table, z)
+  records = sample_records(task, reward, table, z)
   policy = pretrained.source + (f" with {f.adapter}" if f.adapter else "")
-  print(f"{policy}; in nats, at temperature 1: log q of Z and its stop" + (", log R of Z" if reward_model else ""))
+  print(f"{policy}; in nats, at temperature 1: log q of Z and its stop" + (", log R of Z" if reward else ""))
   show(records, f.num_samples)
   if output is not None:
     write_text(output, "".join(json.dumps(r) + "\n" for r in records))

@@ -6,7 +6,7 @@ its ancestors; the *branch* pass runs the target Y once behind every prefix that
 so large groups of samples are split over trees of bounded size, and cost grows linearly with prefixes times target.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 
@@ -20,6 +20,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, without_start
 from gfn_jax.prefix_tree import build_tree
+from gfn_jax.types import Example, Queries
 
 MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls
 MAX_LOGITS = 2**26  # floats of one call's branch logits, which bound its memory
@@ -28,6 +29,7 @@ SAMPLES_PER_TREE = 32  # a tree's attention is quadratic in its nodes: larger gr
 
 def _score_trees(
   config: ModelConfig,
+  stop_token_id: int | None,
   params: dict,
   context: KeyValues | None,
   allowed_tokens: jax.Array | None,
@@ -41,7 +43,10 @@ def _score_trees(
   target_tokens: jax.Array,  # [G, Y]
   target_mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), both [G, M], for G trees."""
+  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), both [G, M], for G trees.
+
+  Where the target is empty, the stop token (unless it is None) ends the text, and its probability joins that of z.
+  """
   prefix = encode_prompts(config, params, None, prompt_tokens, prompt_mask, context)
   positions = prefix.length[:, None] + depths - 1
   hidden, kv = hidden_states(config, params, None, tokens, positions, ancestors[:, :-1], prefix.segments(1))
@@ -54,6 +59,9 @@ def _score_trees(
   steps = jnp.take_along_axis(take(log_probs, parents[..., None]), tokens[..., None], axis=2)[..., 0]
   ways = take(ancestors, branches[..., None])  # [G, M, U]
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
+  if stop_token_id is not None:
+    log_p_stop = take(log_probs[..., stop_token_id], branches)
+    log_p_prefix += jnp.where(target_mask[:, :1], 0.0, log_p_stop)
 
   # Branches: the trunk predicts the target's first token, the branch the others.
   first = take(jax.nn.log_softmax(logits, axis=-1), branches[..., None])
@@ -76,10 +84,12 @@ def _score_trees(
 
 
 @functools.lru_cache
-def _compiled(config: ModelConfig, devices: tuple[jax.Device, ...]):
+def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax.Device, ...]):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = jax.jit(functools.partial(encode_context, config))
-  score = jax.pmap(functools.partial(_score_trees, config), in_axes=(None,) * 3 + (0,) * 9, devices=devices)
+  score = jax.pmap(
+    functools.partial(_score_trees, config, stop_token_id), in_axes=(None,) * 3 + (0,) * 9, devices=devices
+  )  # fmt: skip
   return encode, score
 
 
@@ -117,6 +127,7 @@ class RewardModel:
     context: int [C], tokens before every prompt (demonstrations); their keys and values are computed once.
     num_replaced: how many tokens at the start of a prompt the context stands for (a beginning of sequence).
     allowed_tokens: bool [V], renormalises the tokens of Z, never those of the target; None for the whole vocabulary.
+    stop_token_id: where a query has no target, it is the end of the text and counted with Z; None leaves it out.
     devices: over which the trees of a call are mapped, without collectives.
   """
 
@@ -127,6 +138,7 @@ class RewardModel:
     context: Int[np.ndarray, "C"],
     num_replaced: int = 0,
     allowed_tokens: Bool[np.ndarray, "V"] | None = None,
+    stop_token_id: int | None = None,
     params: dict | None = None,
     devices: Sequence[jax.Device] | None = None,
   ):
@@ -134,7 +146,7 @@ class RewardModel:
     self._devices = list(devices or jax.local_devices()[:1])
     self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
-    encode, self._score = _compiled(self._config, tuple(self._devices))
+    encode, self._score = _compiled(self._config, stop_token_id, tuple(self._devices))
     self._context = encode(self._params, None, jnp.asarray(context, jnp.int32)) if len(context) else None
 
   def __call__(
@@ -148,6 +160,8 @@ class RewardModel:
     target_mask: Bool[np.ndarray, "Q Y"],
   ) -> tuple[Float[np.ndarray, "B S"], Float[np.ndarray, "B S"]]:
     """log p(z_1:t | context, X) and log p(Y | context, X, z_1:t), nats, untempered; 0 where not terminable.
+
+    For a query without Y they are log p(z_1:t stop | context, X), and 0.
 
     Args:
       tokens, length: B = Q * N samples, grouped by query.
@@ -223,6 +237,77 @@ class RewardModel:
     rows += [rows[-1]] * (per_device * len(self._devices) - len(rows))
     shape = (len(self._devices), per_device)
     return chunk, [np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape) for k in rows[0]]
+
+
+class Reward:
+  """log R(z_1:t) = alpha log p(z | C, X) + log p(Y | C, X, z) + beta log p(z) + log c(z) (paper, section 3.1).
+
+  In nats and untempered: R^(1/T) is taken where the reward enters the loss. p(z | C, X) counts the stop token where a
+  query has no Y.
+
+  Args:
+    model: scores Z behind context and prompt.
+    alpha, beta: see above. Tempered sampling is alpha = 1 / T; beta < 0 is contrastive sampling.
+    prior: scores Z by itself, for beta; `prior_tokens`: what then stands before it, a beginning of sequence.
+    rival_penalty: nats off where the LM thinks that a rival target is likelier than Y.
+    log_constraint: (example, tokens of z_1:t) -> log c, nats, finite; None for no constraint.
+
+  Raises:
+    ValueError: beta without a prior.
+  """
+
+  def __init__(
+    self,
+    model: RewardModel,
+    *,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    prior: RewardModel | None = None,
+    prior_tokens: Sequence[int] = (),
+    rival_penalty: float = 0.0,
+    log_constraint: Callable[[Example, list[int]], float] | None = None,
+  ):
+    if beta and (prior is None or not prior_tokens):
+      raise ValueError(f"beta {beta:g}: log p(z) needs a model without context, and a token before Z")
+    self._model, self._alpha, self._beta, self._prior = model, alpha, beta, prior
+    self._prior_tokens, self._rival_penalty, self._log_constraint = list(prior_tokens), rival_penalty, log_constraint
+
+  def __call__(
+    self,
+    queries: Queries,
+    tokens: Int[np.ndarray, "B T"],
+    length: Int[np.ndarray, "B"],
+    wanted: Bool[np.ndarray, "B S"],
+  ) -> Float[np.ndarray, "B S"]:
+    """log R of the prefixes that are `wanted`, 0 elsewhere, for B = Q * N samples grouped by query."""
+    z, n = (tokens, length, wanted), len(tokens) // len(queries)
+    prompt = queries.reward_prompt_tokens, queries.reward_prompt_mask
+    log_p_prefix, log_p_target = self._model(*prompt, *z, queries.target_tokens, queries.target_mask)
+    log_reward = self._alpha * log_p_prefix + log_p_target
+    if self._beta:
+      prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
+      log_p_alone, _ = self._prior(
+        prior, np.ones(prior.shape, bool), *z, queries.target_tokens, np.zeros_like(queries.target_mask)
+      )
+      log_reward += self._beta * log_p_alone
+    if self._rival_penalty:
+      beaten = np.zeros(wanted.shape, bool)
+      for rival, mask in zip(np.moveaxis(queries.rival_tokens, 1, 0), np.moveaxis(queries.rival_mask, 1, 0)):
+        exists = np.repeat(mask.any(-1), n)[:, None]
+        beaten |= exists & (self._model(*prompt, *z, rival, mask)[1] > log_p_target)
+      log_reward -= np.where(wanted & beaten, self._rival_penalty, 0.0)
+    if self._log_constraint is not None:
+      for row, t in zip(*np.nonzero(wanted)):
+        log_reward[row, t] += self._log_constraint(queries.examples[row // n], tokens[row, :t].tolist())
+    return log_reward
+
+
+def whole_log_rewards(
+  reward: Callable, queries: Queries, tokens: Int[np.ndarray, "B T"], length: Int[np.ndarray, "B"]
+) -> Float[np.ndarray, "B"]:
+  """log R of whole samples alone, nats, untempered. `reward` is a `Reward` or what is called like one."""
+  whole = np.arange(tokens.shape[1] + 1) == np.asarray(length)[:, None]
+  return np.where(whole, reward(queries, tokens, length, whole), 0.0).sum(-1)
 
 
 def prefix_log_rewards(

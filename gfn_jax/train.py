@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from gfn_jax import data, losses, policy, report
+from gfn_jax import data, losses, plots, policy, report
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector
@@ -180,8 +180,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     return 0
 
   # 2. The base model, the task, sampler, rewards and evaluations.
-  experiment = build(config, devices)
-  pretrained, params, task, suite = experiment.pretrained, experiment.params, experiment.task, experiment.suite
+  parts, suite = build(config, devices)
+  pretrained, params, task = parts.pretrained, parts.params, parts.task
   model = pretrained.config
 
   # 3. Adapter, buffer, optimiser, state.
@@ -189,7 +189,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   key = functools.partial(data.step_key, config.seed)
   reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
   table = data.query_table(task.examples, task, model.max_positions, reserved)
-  collector = Collector(config, task, table, experiment.sampler, experiment.reward_model)
+  collector = Collector(config, task, table, parts.sampler, parts.reward)
   trained: dict[str, Any] = {"lora": lora}
   if config.loss.name == "tb":
     trained["log_partition"] = jnp.zeros(len(task.examples))
@@ -227,7 +227,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       if restored is None:
         seeds = collector.seed_replay()
         fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
-        print(f"replay buffer: {fit}", flush=True)
+        if task.num_seeded:
+          print(f"replay buffer: {fit}", flush=True)
         if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
           start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
           state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
@@ -262,7 +263,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       log.evaluation(config.train.num_steps, results, samples)
       lora = jax.tree.map(np.asarray, state.trained["lora"])
       save_adapter(workdir / "adapter", lora, pretrained)
-      contract.write_model_card(workdir, config, pretrained, results)
+      contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       log.flush()
       checkpoints.wait()
@@ -272,8 +273,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       return EXIT_CODE
     finally:
       checkpoints.close()
-  report.plot_run(workdir, config.task)
+  plots.plot_run(workdir, config.task)
   contract.write_results(workdir / "results.json", config, results, time.time() - started)
-  print(report.accuracy_table(results, config.task))
+  print(report.results_table(results, config.task))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)
   return 0

@@ -21,12 +21,53 @@ Array = jax.Array | np.ndarray
 
 @dataclasses.dataclass(frozen=True)
 class Example:
-  """One record of a task as text: X as the policy sees it, a demonstration Z or None, the target Y, its answer."""
+  """One record of a task as text.
+
+  Attributes:
+    prompt: X as the policy reads it.
+    rationale: a demonstration Z, or None.
+    target: Y; "" where nothing follows Z.
+    answer: what a right Z leads to.
+    reward_prompt: X as the reward reads it; None where that is the prompt.
+    rivals: targets that Y competes with (the other labels), all of them wrong.
+  """
 
   prompt: str
   rationale: str | None
   target: str
   answer: str
+  reward_prompt: str | None = None
+  rivals: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Queries:
+  """Q examples in tokens, padded once for all.
+
+  Attributes:
+    prompt_tokens, prompt_mask: [Q, P], left-padded; X as the policy reads it.
+    reward_prompt_tokens, reward_prompt_mask: [Q, P'], left-padded; X as the reward reads it.
+    target_tokens, target_mask: [Q, Y], right-padded.
+    rival_tokens, rival_mask: [Q, R, Y'], right-padded; a query with fewer than R rivals has empty ones.
+    examples: [Q] of `Example`.
+  """
+
+  prompt_tokens: np.ndarray
+  prompt_mask: np.ndarray
+  reward_prompt_tokens: np.ndarray
+  reward_prompt_mask: np.ndarray
+  target_tokens: np.ndarray
+  target_mask: np.ndarray
+  rival_tokens: np.ndarray
+  rival_mask: np.ndarray
+  examples: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.examples)
+
+  def __getitem__(self, ids: Any) -> "Queries":
+    """The rows that an array or a slice picks."""
+    return Queries(*(getattr(self, f.name)[ids] for f in dataclasses.fields(self)))
 
 
 @flax.struct.dataclass

@@ -110,9 +110,13 @@ def write_results(path: pathlib.Path, config: ml_collections.ConfigDict, results
 
 
 def write_model_card(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict, pretrained: Pretrained, results: Mapping[str, float]
+  workdir: pathlib.Path,
+  config: ml_collections.ConfigDict,
+  pretrained: Pretrained,
+  results: Mapping[str, float],
+  reward: str,
 ) -> None:
-  """adapter/README.md: base, task, reward, seed, and how close the policy is to the posterior."""
+  """adapter/README.md: base, task, `reward` in words, seed, and how close the policy is to the posterior."""
   rows = "\n".join(f"| `{k}` | {v:.4g} |" for k, v in sorted(results.items()) if k.split("/")[1] == config.method)
   r = config.reward
   text = f"""---
@@ -124,7 +128,7 @@ tags: [gflownet, lora, {config.task}]
 # {config.task}: a GFlowNet sampler on {pretrained.source}
 
 A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that samples Z in proportion to
-R(Z)^(1/{r.temperature_end:g}), R(Z) = p_LM(Z Y | {r.num_demonstrations} demonstrations, X).
+R(Z)^(1/{r.temperature_end:g}), R(Z) = {reward}.
 Loss {config.loss.name}, {config.train.num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
 
 Licence: that of the base model, {pretrained.licence}.

@@ -6,6 +6,7 @@ import pytest
 
 from gfn_jax import data
 from gfn_jax.models.prefix import without_start
+from gfn_jax.task import Task
 from gfn_jax.types import Example
 
 BEHAVIOR = ml_collections.ConfigDict({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0})
@@ -55,10 +56,13 @@ def test_sampled_queries_are_a_multiple_of_the_devices(devices, expected):
   assert data.num_sampled(BEHAVIOR, 8, devices) == expected
 
 
-class Letters:
+class Letters(Task):
   """A task whose tokens are characters."""
 
   start_tokens = ()
+
+  def __init__(self):
+    pass
 
   def encode(self, text):
     return list(map(ord, text))

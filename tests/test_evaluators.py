@@ -4,22 +4,31 @@ import jax
 import numpy as np
 import pytest
 
+from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.posterior import posterior_quality
-from gfn_jax.rewards import RewardModel
 from gfn_jax.sampler import Sampler
+from gfn_jax.task import Task
 from gfn_jax.types import Example, Trajectory
+from testing import tiny_pretrained
 
 EXAMPLES = [Example(x, None, "y", "") for x in "abcd"]
 LOG_Q = np.array([[-1.0, -2.0, -4.0], [-3.0, -3.5, -1.0], [-2.0, -5.0, -2.5], [-1.0, -1.0, -6.0]])
 
 
-class Task:
+class Letters(Task):
   start_tokens = ()
+  targets = None  # what `target_samples` gives
+
+  def __init__(self):
+    pass
 
   def encode(self, text):
     return [ord(c) for c in text]
 
   encode_after = encode
+
+  def target_samples(self, example, num_samples, reward_temperature, rng):
+    return self.targets
 
 
 class KnownSampler(Sampler):
@@ -40,26 +49,25 @@ class KnownSampler(Sampler):
     return Trajectory(tokens, np.full(rows, 2), np.ones((rows, 2), bool), log_pf, log_pterm)
 
 
-class KnownReward(RewardModel):
-  """log p(Z) + log p(Y | Z) of a whole Z; a prefix would spoil the sum."""
+class KnownReward:
+  """log R of a whole Z; a prefix would spoil the sum."""
 
   def __init__(self, log_reward):
     self._log_reward = log_reward
 
-  def __call__(self, prompt_tokens, prompt_mask, tokens, length, wanted, target_tokens, target_mask):
+  def __call__(self, queries, tokens, length, wanted):
     assert (wanted == (np.arange(3) == length[:, None])).all()
     values = np.full(wanted.shape, 1e6)
-    values[:, 2] = self._log_reward[tokens[:: len(tokens) // len(prompt_tokens), 0]].reshape(-1)
-    return values - 1, np.full(wanted.shape, 1.0)
+    values[:, 2] = self._log_reward[tokens[:: len(tokens) // len(queries), 0]].reshape(-1)
+    return values
 
 
 def quality(log_reward, temperature):
-  return dict(
-    posterior_quality(
-      None, KnownSampler(), KnownReward(log_reward), Task(), EXAMPLES, 100, num_calls=2, num_samples=3,
-      reward_temperature=temperature, key=jax.random.key(0),
-    )
-  )  # fmt: skip
+  parts = Parts(None, tiny_pretrained(), {}, Letters(), KnownSampler(), KnownReward(log_reward), [])
+  found = posterior_quality(
+    None, parts, EXAMPLES, num_calls=2, num_samples=3, reward_temperature=temperature, key=jax.random.key(0)
+  )
+  return dict(found)
 
 
 def test_an_exact_policy_has_no_variance():
@@ -68,6 +76,8 @@ def test_an_exact_policy_has_no_variance():
   found = quality(1.5 * (LOG_Q + log_z), temperature=1.5)
   assert found["log_ratio_variance"] == pytest.approx(0, abs=1e-9)
   assert found["log_reward_correlation"] == pytest.approx(1)
+  assert found["effective_sample_share"] == pytest.approx(1)
+  assert found["log_partition_lower"] == pytest.approx(log_z.mean())  # the bound is tight
 
 
 def test_quality_against_plain_numpy():
@@ -77,3 +87,9 @@ def test_quality_against_plain_numpy():
   assert found["log_ratio_variance"] == pytest.approx(expected)
   a, b = (np.concatenate([row - row.mean() for row in x]) for x in (log_reward / 2, LOG_Q))
   assert found["log_reward_correlation"] == pytest.approx(np.corrcoef(a, b)[0, 1])
+  weights = np.exp(log_reward / 2 - LOG_Q)
+  shares = [row.sum() ** 2 / (row**2).sum() / len(row) for row in weights]
+  assert found["effective_sample_share"] == pytest.approx(np.mean(shares))
+  assert found["log_partition_lower"] == pytest.approx(np.mean(log_reward / 2 - LOG_Q))
+  assert found["length_mean"] == 2 and found["distinct_samples"] == 1  # a query's samples are the same two tokens
+  assert "log_partition_upper" not in found  # the task has no exact samples

@@ -1,72 +1,72 @@
 """The evaluations of a run: held-out problems while training, test problems and baselines at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
+from gfn_jax.evaluators.evaluator import Evaluator, Parts
+from gfn_jax.evaluators.numbers import Histogram, Numbers
 from gfn_jax.evaluators.posterior import posterior_quality
-from gfn_jax.models import Lora, Pretrained
-from gfn_jax.rewards import RewardModel
-from gfn_jax.sampler import Sampler
+from gfn_jax.models import Lora
 
+EVALUATORS: dict[str, type[Evaluator]] = {"accuracy": Accuracy, "numbers": Numbers, "histogram": Histogram}
 POSTERIOR_CALLS = 4  # of the sampler, for the posterior's quality
 
 Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and samples for samples.jsonl
 
 
 class Suite:
-  """`config` is the run's; `sampler` draws at the training length. Problems are loaded here: bad files show early."""
+  """The evaluators that config.eval.evaluators (and, at the end, test_evaluators) name, and the posterior's quality.
 
-  def __init__(
-    self,
-    config: Any,
-    task: Any,
-    pretrained: Pretrained,
-    params: dict,
-    sampler: Sampler,
-    reward_model: RewardModel,
-    devices: Sequence[jax.Device],
-  ):
-    self._config, self._task, self._pretrained, self._params = config, task, pretrained, params
-    self._sampler, self._reward_model, self._devices = sampler, reward_model, devices
+  Problems are loaded here: bad files show early.
+
+  Raises:
+    ValueError: an unknown evaluator, or problems that do not fit the model.
+  """
+
+  def __init__(self, parts: Parts):
+    self._parts = parts
+    config, task = parts.config, parts.task
+    self._names = tuple(config.eval.evaluators), tuple(config.eval.test_evaluators)
+    for name in sum(self._names, ()):
+      if name not in EVALUATORS:
+        raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
     shown = len(task.context_tokens(config.reward.num_demonstrations))  # to the reward, and to the base
     reserved = shown + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
-    query_table(examples, task, pretrained.config.max_positions, reserved)  # refuses what does not fit
-    self._accuracy = self._make_accuracy(())
+    query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
+    self._evaluators, self._test_evaluators = (self._make(names, ()) for names in self._names)
 
-  def _make_accuracy(self, context: Sequence[int]) -> Accuracy:
-    return Accuracy(
-      self._task, self._pretrained, self._params, self._config.eval, min_length=self._config.sampler.min_length,
-      reward_model=self._reward_model, context=context, devices=self._devices,
-    )  # fmt: skip
+  def _make(self, names: Sequence[str], context: Sequence[int]) -> list[Evaluator]:
+    return [EVALUATORS[name](self._parts, context) for name in names]
 
   def _posterior(self, lora, reward_temperature, key, on_round) -> Iterator[tuple[str, float]]:
     examples = [e for group in zip(*self._validation.values()) for e in group]
     # As many at a time as a training step samples: the same shapes, so nothing new is compiled.
-    train, devices = self._config.train, len(self._devices)
-    at_once = num_sampled(self._config.behavior, train.num_queries, devices)
+    config, devices = self._parts.config, len(self._parts.devices)
+    at_once = num_sampled(config.behavior, config.train.num_queries, devices)
     calls = min(len(examples) // max(1, at_once), POSTERIOR_CALLS)
     if at_once and calls:
       yield from posterior_quality(
-        lora, self._sampler, self._reward_model, self._task, examples[: calls * at_once],
-        self._pretrained.config.max_positions, num_calls=calls, num_samples=self._config.sampler.num_samples,
+        lora, self._parts, examples[: calls * at_once], num_calls=calls, num_samples=config.sampler.num_samples,
         reward_temperature=reward_temperature, key=key, on_round=on_round,
       )  # fmt: skip
 
   def validate(
     self, lora: Lora, reward_temperature: float, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> Evaluation:
-    """Held-out accuracy and posterior quality while training: "arith/validation/accuracy/3", ..."""
-    values = dict(self._accuracy(lora, self._validation, key, on_round))
+    """Held-out metrics and posterior quality while training: "arith/validation/accuracy/3", ..."""
+    values, samples = {}, []
+    for evaluator in self._evaluators:
+      values |= dict(evaluator(lora, self._validation, key, on_round))
+      samples += evaluator.samples
     values |= self._posterior(lora, reward_temperature, key, on_round)
-    return {f"{self._task.name}/validation/{k}": v for k, v in values.items()}, self._accuracy.samples
+    return {f"{self._parts.task.name}/validation/{k}": v for k, v in values.items()}, samples
 
   def test(
     self,
@@ -76,23 +76,30 @@ class Suite:
     on_round: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
   ) -> Evaluation:
-    """Test accuracy of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ...
+    """Test metrics of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ...
 
     Args:
       lora: the policy's adapter; None for the base alone.
     """
-    task, config = self._task, self._config
-    shots = config.reward.num_demonstrations
-    rows = [] if lora is None else [(config.method, lora, ())]
+    task, config = self._parts.task, self._parts.config
+    shots, method = config.reward.num_demonstrations, config.method
+    context = task.context_tokens(shots)
+    rows = [] if lora is None else [(method, lora, ())]
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
-      rows += [("base", off, ())] + ([(f"base_{shots}shot", off, task.context_tokens(shots))] if shots else [])
+      rows += [("base", off, ())] + ([(f"base_{shots}shot", off, context)] if context else [])
     results, samples = {}, []
-    for method, adapter, context in rows:
-      say(f"testing {method} on {sum(map(len, self._test.values()))} problems, {config.eval.num_votes} samples each")
-      accuracy = self._make_accuracy(context) if len(context) else self._accuracy
-      values = dict(accuracy(adapter, self._test, key, on_round))
-      results |= {f"{task.name}/{method}/{k}": v for k, v in values.items()}
-      samples += [{"method": method, **s} for s in accuracy.samples]
-    quality = dict(self._posterior(lora, reward_temperature, key, on_round)) if lora is not None else {}
-    return results | {f"{task.name}/{config.method}/{k}": v for k, v in quality.items()}, samples
+    number = sum(map(len, self._test.values()))
+    for row, adapter, before in rows:
+      say(f"testing {row} on {number} problems")
+      evaluators = self._make(sum(self._names, ()), before) if before else self._evaluators + self._test_evaluators
+      for evaluator in evaluators:
+        results |= {f"{row}/{k}": v for k, v in evaluator(adapter, self._test, key, on_round)}
+        samples += [{"method": row, **s} for s in evaluator.samples]
+    if config.eval.baselines:
+      for evaluator in self._evaluators + self._test_evaluators:
+        results |= dict(evaluator.baselines(self._test, key, on_round))
+        samples += [s for s in evaluator.samples if "method" in s]
+    if lora is not None:
+      results |= {f"{method}/{k}": v for k, v in self._posterior(lora, reward_temperature, key, on_round)}
+    return {f"{task.name}/{k}": v for k, v in results.items()}, samples

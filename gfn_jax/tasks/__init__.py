@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from gfn_jax.task import Task
 from gfn_jax.tasks.arith import ArithTask
+from gfn_jax.tasks.rng import RngTask
 
-TASKS = {"arith": ArithTask}
+TASKS = {"arith": ArithTask, "rng": RngTask}
 
 
-def make_task(config: Any, tokenizer: Any, vocab_size: int) -> ArithTask:
+def make_task(config: Any, tokenizer: Any, vocab_size: int) -> Task:
   """The task that `config.task` names. Raises ValueError for an unknown one."""
   if config.task not in TASKS:
     raise ValueError(f"config.task {config.task!r} is unknown: choose from {', '.join(TASKS)}")

@@ -13,7 +13,7 @@ import numpy as np
 
 from gfn_jax import tools
 from gfn_jax.datasets import arithmetic, expressions
-from gfn_jax.models.text import TextCodec
+from gfn_jax.task import Task
 from gfn_jax.types import Example
 
 ALLOWED_CHARACTERS = frozenset("0123456789+-=,. ")  # "we limit the model to generate only numbers and operators"
@@ -44,21 +44,14 @@ def majority(answers: Sequence[str | None]) -> str | None:
   return counts.most_common(1)[0][0] if counts else None
 
 
-class ArithTask(TextCodec):
-  """Where X, Z and Y come from, how they are tokenised, and how an answer is checked.
-
-  Attributes:
-    examples: training queries; the first `num_seeded` have demonstrations.
-    tool: the calculator. allowed_tokens: bool [V]. stop_token_id: Y's first token.
-  """
+class ArithTask(Task):
+  """Integer arithmetic; its tool is the calculator."""
 
   name = "arith"
 
   def __init__(self, config: Any, tokenizer: Any, vocab_size: int):
     """`config` is the run's. Raises ValueError for data or a tokenizer that cannot serve."""
-    if tokenizer is None:
-      raise ValueError(f"model {config.model.name!r} has no tokenizer: the arith task needs one")
-    super().__init__(tokenizer)
+    super().__init__(tokenizer, vocab_size, config.model.name)
     self._data = config.data
     self._builder_config = arithmetic.make_config(config.data.seed, config.data.path)
     self.tool = tools.Calculator(self.encode, self.decode, vocab_size)
@@ -80,10 +73,7 @@ class ArithTask(TextCodec):
     unseeded = [Example(e.prompt, None, e.target, e.answer) for e in demonstrations[seeded:]]
     unseeded += [Example(e.prompt, None, e.target, e.answer) for e in map(to_example, self._load("train"))]
     self.examples, self.num_seeded = demonstrations[:seeded] + unseeded, seeded
-    stops = {self.encode_after(e.target)[0] for e in self.examples}
-    if len(stops) > 1:
-      raise ValueError(f"the targets begin with different tokens {sorted(stops)[:5]}: Z would have no one stop token")
-    self.stop_token_id = stops.pop()
+    self.stop_token_id = self.stop_of_targets()
     self.allowed_tokens = np.array(
       [bool(s) and set(s) <= ALLOWED_CHARACTERS for s in (self.decode([i]) for i in range(vocab_size))]
     )
@@ -92,18 +82,8 @@ class ArithTask(TextCodec):
   def _load(self, split: str) -> list[dict]:
     return arithmetic.load(self._builder_config, split, self._data.dir)
 
-  def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]] | None:
-    """A demonstration's Z as the rollout would have written it: (tokens, action_mask); None if too long.
-
-    Tokenised as part of the whole text and cut, so that its first token carries its leading space.
-    """
-    prompt = self.encode(example.prompt)
-    whole = self.encode(f"{example.prompt} {expressions.without_results(example.rationale)}")
-    if whole[: len(prompt)] != prompt:
-      raise ValueError(f"the tokenizer merges the end of {example.prompt!r} with the rationale that follows")
-    if not self.allowed_tokens[whole[len(prompt) :]].all():
-      raise ValueError(f"the rationale {example.rationale!r} of {example.prompt!r} leaves the vocabulary of Z")
-    return self.tool.follow(whole[len(prompt) :], max_length)
+  def _written(self, rationale: str) -> str:
+    return f" {expressions.without_results(rationale)}"
 
   def context_tokens(self, num_demonstrations: int) -> list[int]:
     """Demonstrations with their results written out, a line each, as they stand before a question."""

@@ -1,0 +1,71 @@
+"""What every evaluator is given, and what it gives."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+
+from gfn_jax.models import Lora, Pretrained
+from gfn_jax.sampler import Sampler
+from gfn_jax.task import Task
+from gfn_jax.types import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+  """What a run is made of, its config's parts connected.
+
+  Attributes:
+    config: the run's.
+    pretrained: the base; `params`: its parameters as placed on `devices`.
+    sampler: draws Z at the training length.
+    reward: log R; called as `rewards.Reward` is.
+  """
+
+  config: Any
+  pretrained: Pretrained
+  params: dict
+  task: Task
+  sampler: Sampler
+  reward: Any
+  devices: Sequence[jax.Device]
+
+
+Problems = Mapping[str, Sequence[Example]]  # kind -> examples; "" where there is one kind
+
+
+class Evaluator:
+  """Measures one policy on held-out problems; a file of this folder each, named in config.eval.evaluators.
+
+  Args:
+    parts: of the run.
+    context: tokens before every prompt (a base with demonstrations).
+
+  Attributes:
+    samples: what the last call leaves for samples.jsonl.
+  """
+
+  def __init__(self, parts: Parts, context: Sequence[int] = ()):
+    self._parts, self._context, self.samples = parts, list(context), []
+
+  def __call__(
+    self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> Iterator[tuple[str, float]]:
+    """Yields (metric, value), or (metric/kind, value), of the policy with this adapter (None: the base)."""
+    raise NotImplementedError
+
+  def baselines(
+    self, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> Iterator[tuple[str, float]]:
+    """Yields (method/metric, value) of what is no policy of its own: other ways of decoding the base."""
+    del problems, key, on_round
+    return iter(())
+
+  def _sampler(self, **settings: Any) -> Sampler:
+    """A sampler at the evaluation's length, behind the context."""
+    p = self._parts
+    defaults = {"max_length": p.config.eval.max_length, "min_length": p.config.sampler.min_length}
+    return p.task.make_sampler(
+      p.pretrained, params=p.params, context=self._context, devices=p.devices, **defaults | settings
+    )

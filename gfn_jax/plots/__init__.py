@@ -1,0 +1,16 @@
+"""A run's pictures, from its metrics.jsonl and samples.jsonl."""
+
+import os
+import pathlib
+
+from gfn_jax.plots.curves import plot_curves
+from gfn_jax.plots.numbers import plot_numbers
+
+TASK_PLOTS = {"rng": plot_numbers}  # beside the curves, which every task has
+
+
+def plot_run(workdir: str | os.PathLike, task: str) -> list[pathlib.Path]:
+  """Writes plots/*.png; returns what was written."""
+  workdir = pathlib.Path(workdir)
+  extra = TASK_PLOTS.get(task)
+  return plot_curves(workdir, task) + (extra(workdir) if extra else [])
