@@ -111,12 +111,15 @@ class Collector:
       for field, values in zip(fields, sampled):
         field[j] = values
     tokens, length, action_mask, log_reward = (f.reshape(-1, *f.shape[2:]) for f in fields)
-    q = self._table[plan.query_ids]
-    batch = Batch(
-      q.prompt_tokens, q.prompt_mask, plan.query_ids.astype(np.int32), tokens, length, action_mask,
+    batch = self._batch(plan.query_ids, tokens, length, action_mask, log_reward)
+    return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
+
+  def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
+    q = self._table[query_ids]
+    return Batch(
+      q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask), log_reward,
     )  # fmt: skip
-    return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
 
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
     """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
@@ -142,3 +145,36 @@ class Collector:
     metrics = {"log_reward_policy_mean": float(final[rows].mean())}
     right = [self._task.is_right(examples[i], z.tokens[i][: z.length[i]].tolist()) for i in rows]
     return metrics if right[0] is None else metrics | {"accuracy": float(np.mean(right))}
+
+
+class DemonstrationCollector(Collector):
+  """Demonstrations alone, for supervised fine-tuning: as many rows a step as `Collector` has, a query each."""
+
+  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+    return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
+
+  def seed_replay(self) -> np.ndarray:
+    """As `Collector.seed_replay`. Raises ValueError where no demonstration is left to learn from."""
+    found = super().seed_replay()
+    if not len(found):
+      raise ValueError(
+        f"config.method 'sft' learns from demonstrations, and of the data's {self._task.num_seeded} none has at most "
+        f"config.sampler.max_length {self._config.sampler.max_length} tokens"
+      )
+    return found
+
+  def __call__(
+    self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> tuple[Batch, dict[str, float]]:
+    """The step's batch of demonstrations, drawn by (seed, step); no metrics, since nothing is sampled."""
+    del lora, key, on_round
+    config = self._config
+    rows = config.train.num_queries * config.sampler.num_samples
+    weights = np.array([float(i in self.replay) for i in range(len(self._task.examples))])
+    plan = data.plan_step(config.seed, step, weights, rows, config.behavior)
+    rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
+    drawn = [self.replay.sample(int(q), 1, rng, config.replay.prioritized) for q in plan.query_ids]
+    return self._batch(plan.query_ids, *(np.concatenate(field) for field in zip(*drawn))), {}
+
+
+COLLECTORS = {"gfn": Collector, "sft": DemonstrationCollector}

@@ -13,7 +13,7 @@ from gfn_jax.models.decoder import REMATS
 from gfn_jax.models.hf import DTYPES
 from gfn_jax.models.quantization import QUANTIZATIONS
 
-METHODS = ("gfn",)
+METHODS = ("gfn", "sft")
 
 # Fields that may differ when a run goes on: they do not change the mathematics of a step.
 RESUMABLE = (
@@ -37,7 +37,7 @@ def base_config() -> ml_collections.ConfigDict:
     "variant": "",
     "task": "",
     "seed": 0,
-    "method": "gfn",
+    "method": "gfn",  # or "sft": supervised fine-tuning on the demonstrations
     "debug_nans": False,  # stop at the first NaN that a compiled function returns
     "profile": False,  # write a jax.profiler trace of a few steps
     "deterministic": False,  # GPU: deterministic kernels only
@@ -85,6 +85,8 @@ def base_config() -> ml_collections.ConfigDict:
       "weight_decay": 0.01,
       "clip_norm": 1.0,
       "log_every": 1,  # steps
+      "keep": "last",  # the adapter that a run leaves; "best": by held-out Var(log R / T - log q)
+      "patience": 0,  # evaluations without a better one before the run stops early; 0: it does not
     }),
     "checkpoint": c({"every_steps": 50, "keep": 2}),
     "eval": c({
@@ -175,6 +177,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   """
   flat = flatten(config)
   _among("method", config.method, METHODS)
+  _among("train.keep", config.train.keep, ("last", "best"))
   _among("loss.name", config.loss.name, LOSS_NAMES)
   _among("model.dtype", config.model.dtype, DTYPES)
   _among("model.remat", config.model.remat, tuple(REMATS))
@@ -190,7 +193,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
-    "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty",
+    "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")
@@ -233,5 +236,10 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     not t.decay_steps or t.decay_steps >= t.num_steps,
     f"config.train.decay_steps {t.decay_steps} is below config.train.num_steps {t.num_steps}: the steps between them "
     "would have a learning rate of 0",
+  )
+  _require(
+    (t.keep == "last" and not t.patience) or config.eval.num_validation > 0,
+    f"config.train.keep {t.keep!r} and config.train.patience {t.patience} go by held-out queries: "
+    "config.eval.num_validation must be positive",
   )
   _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

@@ -32,7 +32,7 @@ class StepPlan:
   """What one step does.
 
   Attributes:
-    query_ids: int [Q], drawn without replacement.
+    query_ids: int [Q].
     from_buffer: bool [Q], queries to replay (those with an empty buffer are sampled instead).
     temperature: float [Q], of the behaviour policy; 1 is the policy itself.
   """
@@ -55,12 +55,15 @@ def num_sampled(behavior, num_queries: int, num_devices: int) -> int:
 def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behavior) -> StepPlan:
   """Draws a step (paper section 3.3): queries by weight, and fixed counts of buffer, tempered and policy queries.
 
+  Without replacement, where enough queries have a weight above 0.
+
   Args:
     weights: float [examples].
     behavior: the config's shares `buffer` and `tempered`, and the range `temperature_low` to `temperature_high`.
   """
   rng = step_rng(seed, PLAN_STREAM, step)
-  query_ids = rng.choice(len(weights), num_queries, replace=len(weights) < num_queries, p=weights / weights.sum())
+  too_few = np.count_nonzero(weights) < num_queries
+  query_ids = rng.choice(len(weights), num_queries, replace=too_few, p=weights / weights.sum())
   num_buffer, num_tempered = num_by_behavior(behavior, num_queries)
   order = np.arange(num_queries)
   temperature = np.ones(num_queries, np.float32)

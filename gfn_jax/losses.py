@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float
 
 from gfn_jax.types import Array
 
-LOSS_NAMES = ("subtb", "tb", "vargrad", "db")
+LOSS_NAMES = ("subtb", "tb", "vargrad", "db")  # GFlowNet objectives: what config.loss.name may be
 
 Terms = tuple[Float[jax.Array, ""], Float[jax.Array, ""]]
 
@@ -216,6 +216,23 @@ def db_loss(
     The loss, nats squared; 0, with zero gradients, for a batch without a pair.
   """
   return _divide(db_terms(log_pf, log_pterm, log_reward, terminable), axis_name)
+
+
+def sft_terms(
+  log_pf: Float[Array, "B T"],
+  log_pterm: Float[Array, "B S"],
+  terminable: Bool[Array, "B S"],
+  action_mask: Bool[Array, "B T"],
+) -> Terms:
+  """Supervised fine-tuning: -log q(Z stop) of demonstrations Z, in nats, and the number of tokens it is a sum over.
+
+  Args:
+    log_pf, log_pterm, terminable: as in `subtb_loss`; a row ends at its last terminable prefix.
+    action_mask: the tokens that the demonstrator chose; the stop is one more.
+  """
+  log_ratio, complete = _log_ratio(log_pf, log_pterm, jnp.zeros_like(log_pterm), terminable)
+  tokens = jnp.where(complete, action_mask.sum(axis=1) + 1, 0)
+  return jnp.where(complete, log_ratio, 0.0).sum(), tokens.sum().astype(log_ratio.dtype)
 
 
 def loss_terms(

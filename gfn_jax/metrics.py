@@ -130,7 +130,9 @@ class StepLog:
     if step % self._log_every and step != self._num_steps:
       return
     self._writer.write(step, values | {"trajectories_per_second": self._rows / seconds, "step_seconds": seconds})
-    shown = {"loss": f"{values['loss']:.3g}", "logR": f"{values['log_reward_mean']:.1f}"}
+    shown = {"loss": f"{values['loss']:.3g}"}
+    if "log_reward_mean" in values:
+      shown["logR"] = f"{values['log_reward_mean']:.1f}"
     if "accuracy" in values:
       shown["acc"] = f"{100 * values['accuracy']:.0f}%"
     shown["traj/s"] = f"{self._rows / seconds:.0f}"

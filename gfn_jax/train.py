@@ -20,7 +20,7 @@ import optax
 from gfn_jax import data, losses, plots, policy, report
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
-from gfn_jax.collect import Collector
+from gfn_jax.collect import COLLECTORS
 from gfn_jax.config import num_micro_batches, validate
 from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, StepLog
@@ -29,6 +29,7 @@ from gfn_jax.models.architectures import ModelConfig, lora_targets
 from gfn_jax.parallel import DATA_AXIS, place, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
+from gfn_jax.selection import Selection
 from gfn_jax.types import Batch, TrainState
 
 
@@ -78,18 +79,22 @@ def train_step(
     log_partition = trained.get("log_partition")
     if log_partition is not None:
       log_partition = jnp.repeat(log_partition[micro.query_ids], settings.num_samples)
-    numerator, denominator = losses.loss_terms(
-      settings.loss_name, log_pf, log_pterm, micro.log_reward_untempered / reward_temperature, micro.terminable,
-      subtb_lambda=settings.subtb_lambda, log_partition=log_partition, num_samples=settings.num_samples,
-    )  # fmt: skip
+    if settings.loss_name == "sft":  # it knows no reward
+      numerator, denominator = losses.sft_terms(log_pf, log_pterm, micro.terminable, micro.action_mask)
+    else:
+      numerator, denominator = losses.loss_terms(
+        settings.loss_name, log_pf, log_pterm, micro.log_reward_untempered / reward_temperature, micro.terminable,
+        subtb_lambda=settings.subtb_lambda, log_partition=log_partition, num_samples=settings.num_samples,
+      )  # fmt: skip
     end = micro.length[:, None]
     log_q = log_pf.sum(-1) + jnp.take_along_axis(log_pterm, end, axis=1)[:, 0]
     sums = {
       "rows": jnp.float32(end.shape[0]),
       "log_pf_mean": log_q.sum(),
-      "log_reward_mean": jnp.take_along_axis(micro.log_reward_untempered, end, axis=1).sum(),
       "length_mean": micro.length.sum().astype(jnp.float32),
     }
+    if settings.loss_name != "sft":
+      sums["log_reward_mean"] = jnp.take_along_axis(micro.log_reward_untempered, end, axis=1).sum()
     return numerator, (denominator, sums)
 
   def accumulate(total, xs):
@@ -116,8 +121,10 @@ def step_settings(
   config: ml_collections.ConfigDict, model: ModelConfig, stop_token_id: int, num_devices: int
 ) -> StepSettings:
   """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`)."""
+  supervised = config.method == "sft"
   return StepSettings(
-    model, config.loss.name, config.loss.subtb_lambda, config.sampler.num_samples,
+    model, "sft" if supervised else config.loss.name, config.loss.subtb_lambda,
+    1 if supervised else config.sampler.num_samples,
     num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, config.lora.dropout > 0,
     config.model.remat,
   )  # fmt: skip
@@ -189,9 +196,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   key = functools.partial(data.step_key, config.seed)
   reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
   table = data.query_table(task.examples, task, model.max_positions, reserved)
-  collector = Collector(config, task, table, parts.sampler, parts.reward)
+  collector = COLLECTORS[config.method](config, task, table, parts.sampler, parts.reward)
   trained: dict[str, Any] = {"lora": lora}
-  if config.loss.name == "tb":
+  if config.method == "gfn" and config.loss.name == "tb":
     trained["log_partition"] = jnp.zeros(len(task.examples))
   optimizer = make_optimizer(config)
   state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
@@ -221,6 +228,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     MetricsWriter(workdir, first_step, config.train.num_steps) as writer,
     StepProfiler(config.profile, workdir / "profile") as profiler,
   ):
+    selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
     try:
       # 5. The steps. Metrics of a step are read while the next one runs.
@@ -242,6 +250,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
             state.trained["lora"], temperature, key(data.EVALUATE, step), preemption.check
           )
           log.evaluation(step, values, samples)
+          selection.consider(step, values, state.trained["lora"], pretrained)
+          if selection.is_over():
+            writer.say(f"no better evaluation since step {selection.best_step}: stopped after step {step}")
+            break
         profiler.before_step()
         batch, sampled = collector(state.trained["lora"], step, key(data.SAMPLE, step), preemption.check)
         state, metrics = update(
@@ -257,11 +269,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
 
       # 6. The final evaluation, the adapter, the report.
       final_temperature = reward_temperature(config, config.train.num_steps)
-      results, samples = suite.test(
-        state.trained["lora"], final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say
-      )
+      lora = state.trained["lora"]
+      if config.train.keep == "best":
+        values, _ = suite.validate(lora, final_temperature, key(data.EVALUATE, int(state.step)), preemption.check)
+        selection.consider(int(state.step), values, lora, pretrained)
+        lora = place(selection.load(pretrained), devices)
+        writer.say(f"the best evaluation was after step {selection.best_step}")
+      results, samples = suite.test(lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
       log.evaluation(config.train.num_steps, results, samples)
-      lora = jax.tree.map(np.asarray, state.trained["lora"])
+      lora = jax.tree.map(np.asarray, lora)
       save_adapter(workdir / "adapter", lora, pretrained)
       contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step

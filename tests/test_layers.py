@@ -24,7 +24,7 @@ LAYERS = (
   ("evaluators",),
   ("experiment",),
   ("config",),
-  ("workdir", "collect"),
+  ("workdir", "collect", "selection"),
   ("report",),
   ("plots",),
   ("train",),

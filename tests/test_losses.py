@@ -425,3 +425,23 @@ def test_prefixes_are_one_more_than_tokens(loss):
   log_pf, *rest = random_batch(31, 4, 5)
   with pytest.raises(AssertionError, match="shape"):
     loss(np.pad(log_pf, ((0, 0), (0, 1))), *rest)
+
+
+def test_sft_by_hand():
+  """-log q of the actions and the stop, over their number; what a tool wrote is neither."""
+  log_pf = jnp.array([[-1.0, 0.0, -3.0], [-0.5, 9.0, 9.0]])
+  log_pterm = jnp.array([[5.0, 5.0, 5.0, -0.25], [5.0, -2.0, jnp.nan, jnp.nan]])
+  terminable = jnp.array([[True, False, True, True], [True, True, False, False]])
+  action_mask = jnp.array([[True, False, True], [True, False, False]])
+  numerator, denominator = losses.sft_terms(log_pf, log_pterm, terminable, action_mask)
+  assert float(numerator) == pytest.approx(1 + 3 + 0.25 + 0.5 + 2)
+  assert float(denominator) == 3 + 2
+
+
+def test_sft_learns_from_nothing_else():
+  """Gradients reach the demonstration's tokens and its own stop alone."""
+  log_pf, log_pterm = jnp.full((1, 3), -1.0), jnp.full((1, 4), -1.0)
+  terminable = jnp.array([[True, True, True, False]])
+  action_mask = jnp.array([[True, True, False]])
+  grads = jax.grad(lambda a, b: losses.sft_terms(a, b, terminable, action_mask)[0], argnums=(0, 1))(log_pf, log_pterm)
+  assert grads[0].tolist() == [[-1, -1, 0]] and grads[1].tolist() == [[0, 0, -1, 0]]

@@ -5,14 +5,17 @@ import json
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import rewards
-from gfn_jax.data import pad_left, pad_right
+from gfn_jax import policy, rewards
+from gfn_jax.data import pad_left, pad_right, query_table
 from gfn_jax.models import load_pretrained, logits
 from gfn_jax.prefix_tree import build_tree
-from gfn_jax.rewards import SAMPLES_PER_TREE, RewardModel, prefix_log_rewards
+from gfn_jax.rewards import SAMPLES_PER_TREE, Reward, RewardModel, prefix_log_rewards, whole_log_rewards
+from gfn_jax.task import Task
+from gfn_jax.types import Example
 from testing import run_python, shared_folder, tiny_pretrained
 
 
@@ -235,6 +238,110 @@ def test_padding_may_reach_beyond_the_last_position():
   expected = one_by_one(pretrained, [], batch)
   model = RewardModel(pretrained, context=np.zeros(0, np.int32))
   np.testing.assert_allclose(np.stack(model(*batch)), expected, rtol=0, atol=1e-4)
+
+
+# ---- The general form
+
+
+class Letters(Task):
+  """A task whose tokens are numbers in a text: "3 14"."""
+
+  start_tokens = ()
+
+  def __init__(self):
+    pass
+
+  def encode(self, text):
+    return [int(t) for t in text.split()]
+
+  encode_after = encode
+
+
+EXAMPLES = (  # X of policy and reward, Y, rivals
+  Example("21 5", None, "8 44", "", reward_prompt="33 4 17", rivals=("9 44", "1")),
+  Example("3", None, "", ""),
+  Example("40 2 66", None, "12", "", rivals=("7 7 7",)),
+)
+
+
+def general_case():
+  """(model, queries, tokens, length, wanted); the queries differ in targets and rivals."""
+  pretrained = tiny_pretrained(seed=4)
+  queries = query_table(EXAMPLES, Letters(), 64, 4)
+  _, _, tokens, length, wanted, _, _ = query_batch(pretrained.config.vocab_size, num_samples=5)
+  return pretrained, queries, tokens, length, wanted
+
+
+def separate(pretrained, examples, tokens, length, context=(), stop=None, allowed=None):
+  """log p(z), log p(Y | z) by separate forward passes, [B, S] each, for (X, Y) texts; `stop` ends a Z without Y."""
+  n = len(tokens) // len(examples)
+  found = np.zeros((2, len(tokens), tokens.shape[1] + 1))
+  for q, (prompt, target) in enumerate(examples):
+    rows = slice(q * n, (q + 1) * n)
+    read = Letters().encode
+    ends = read(target) or ([] if stop is None else [stop])
+    parts = separate_passes(pretrained, list(context), read(prompt), tokens[rows], length[rows], ends, allowed)
+    if not target:  # the stop is text: it belongs to Z
+      parts = np.stack([parts[0] + parts[1], np.zeros_like(parts[0])])
+    found[:, rows] = parts
+  return found
+
+
+def test_the_general_form_against_separate_passes():
+  """alpha log p(z | X) + log p(Y | X, z) + beta log p(z) + log c(z) - penalty, term by term."""
+  pretrained, queries, tokens, length, wanted = general_case()
+  stop, alpha, beta = 11, 0.7, -0.4
+  none = np.zeros(0, np.int32)
+  model = RewardModel(pretrained, context=none, stop_token_id=stop)
+  constraint = lambda example, z: -0.5 * len(z) - (2.0 if example.target else 0.0)  # noqa: E731
+  reward = Reward(
+    model, alpha=alpha, beta=beta, prior=RewardModel(pretrained, context=none, stop_token_id=stop), prior_tokens=[2],
+    rival_penalty=50.0, log_constraint=constraint,
+  )  # fmt: skip
+  found = reward(queries, tokens, length, wanted)
+
+  xs = [e.reward_prompt or e.prompt for e in EXAMPLES]
+  of = lambda targets: separate(pretrained, list(zip(xs, targets)), tokens, length, stop=stop)  # noqa: E731
+  log_p_z, log_p_y = of([e.target for e in EXAMPLES])
+  alone, _ = separate(pretrained, [("2", "")] * 3, tokens, length, stop=stop)
+  expected = alpha * log_p_z + log_p_y + beta * alone
+  n = len(tokens) // 3
+  beaten = np.zeros(wanted.shape, bool)
+  for r in range(2):
+    targets = [e.rivals[r] if r < len(e.rivals) else "" for e in EXAMPLES]
+    rival = of(targets)[1]
+    for q, target in enumerate(targets):
+      if target:
+        beaten[q * n : (q + 1) * n] |= rival[q * n : (q + 1) * n] > log_p_y[q * n : (q + 1) * n]
+  assert beaten[wanted].any() and not beaten[wanted].all()
+  expected -= 50.0 * beaten
+  for row, t in np.ndindex(*wanted.shape):
+    expected[row, t] += -0.5 * t - (2.0 if EXAMPLES[row // n].target else 0.0)
+  np.testing.assert_allclose(found, np.where(wanted, expected, 0.0), rtol=0, atol=2e-4)
+
+
+def test_a_stop_that_is_text_is_renormalised_with_z():
+  """So that the untouched policy is exact at T = 1: log R = log q for every Z, whatever the allowed vocabulary."""
+  pretrained, queries, tokens, length, _ = general_case()
+  allowed = np.random.default_rng(5).random(pretrained.config.vocab_size) < 0.6
+  allowed[[*np.unique(tokens), 11]] = True
+  model = RewardModel(pretrained, context=np.zeros(0, np.int32), stop_token_id=11, allowed_tokens=allowed)
+  query = queries[[1]]
+  found = whole_log_rewards(Reward(model), query, tokens, length)
+  mask = np.arange(tokens.shape[1]) < length[:, None]
+  log_pf, log_pterm = policy.score(
+    pretrained.config, pretrained.params, None,
+    *map(jnp.asarray, (query.prompt_tokens, query.prompt_mask, tokens, length, mask)),
+    allowed_tokens=jnp.asarray(allowed), stop_token_id=11, max_length=tokens.shape[1] + 1,
+  )  # fmt: skip
+  log_q = np.asarray(log_pf).sum(-1) + np.take_along_axis(np.asarray(log_pterm), length[:, None], axis=1)[:, 0]
+  np.testing.assert_allclose(found, log_q, rtol=0, atol=1e-4)
+
+
+def test_beta_needs_a_prior():
+  model = RewardModel(tiny_pretrained(), context=np.zeros(0, np.int32))
+  with pytest.raises(ValueError, match="beta -0.5: log p"):
+    Reward(model, beta=-0.5)
 
 
 ON_FOUR_DEVICES = """

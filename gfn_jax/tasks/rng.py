@@ -7,7 +7,7 @@ the reward.
 from collections.abc import Sequence
 import itertools
 import math
-import os
+import pathlib
 from typing import Any
 
 import jax
@@ -73,12 +73,10 @@ def log_target(target: str, low: int, high: int, parameter: float | None, table:
 def _read_table(table: str | None, low: int, high: int) -> dict[int, float]:
   if table is None:
     raise ValueError("config.rng.table is missing: a table target needs a JSON file, an object of number -> weight")
-  if not os.path.isfile(table):
+  path = pathlib.Path(table)
+  if not path.is_file():
     raise ValueError(f"config.rng.table {table!r} is no file")
-  scores = {}
-  raw = read_json(table)
-  if not isinstance(raw, dict):
-    raise ValueError(f"{table} is no JSON object of number -> weight")
+  scores, raw = {}, read_json(path)
   for key, weight in raw.items():
     try:
       number, weight = int(key), float(weight)

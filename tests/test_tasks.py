@@ -1,0 +1,69 @@
+"""Every task's `:smoke` variant as a user runs it: the contract's files, resuming a finished run, evaluating again."""
+
+import json
+
+import numpy as np
+import pytest
+
+from gfn_jax.metrics import read_jsonl
+from gfn_jax.models import load_adapter, load_pretrained
+from testing import run_commands
+
+pytestmark = pytest.mark.timeout(1200)
+
+RUNS = {  # name -> (arguments, result keys that must be there, plots beside log_reward.png and loss.png)
+  "rng": (
+    ["--config=configs/rng.py:smoke"],
+    [f"rng/{m}/{k}" for m in ("gfn", "base") for k in ("kl_q_target", "kl_target_q", "total_variation", "valid_mass")]
+    + ["rng/gfn/histogram/valid_share", "rng/gfn/log_partition_lower", "rng/gfn/log_partition_upper"],
+    ["numbers.png"],
+  ),
+  "rng_poisson": (
+    ["--config=configs/rng.py:smoke", "--config.rng.target=poisson", "--config.rng.parameter=3.5"],
+    ["rng/gfn/kl_q_target"],
+    ["numbers.png"],
+  ),
+  "arith_sft": (
+    ["--config=configs/arith.py:smoke", "--config.method=sft", "--config.train.keep=best", "--config.train.patience=1"],
+    ["arith/sft/accuracy/3", "arith/base/accuracy/3"],
+    ["accuracy.png"],
+  ),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  """Workdirs by name, with what each run printed."""
+  folder = tmp_path_factory.mktemp("runs")
+  data = f"--config.data.dir={folder}/tfds"
+  commands = [["gfn_jax.main", *arguments, data, f"--workdir={folder}/{n}"] for n, (arguments, *_) in RUNS.items()]
+  results = run_commands(commands)
+  for command, (code, _, stderr) in zip(commands, results):
+    assert code == 0, f"{command}\n{stderr}"
+  return {n: (folder / n, out) for n, (_, out, _) in zip(RUNS, results)}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_contracts_files_are_there(runs, name):
+  workdir, out = runs[name]
+  _, keys, plots = RUNS[name]
+  results = json.loads((workdir / "results.json").read_text())
+  assert [k for k in keys if k not in results] == []
+  assert all(np.isfinite(v) for v in results.values() if isinstance(v, float))
+  curves = ["loss.png", "log_ratio_variance.png"]
+  assert [p for p in plots + curves if not (workdir / "plots" / p).stat().st_size > 5000] == []
+  records = read_jsonl(workdir / "samples.jsonl")
+  assert records and all({"step", "X", "Z"} <= set(r) for r in records)
+  fields = json.loads((workdir / "config.json").read_text())["config"]
+  adapter = load_adapter(workdir / "adapter", load_pretrained(fields["model.name"]))
+  assert adapter.config.rank == fields["lora.rank"]
+  assert "R(Z) = " in (workdir / "adapter" / "README.md").read_text()
+  assert f"| {fields['task']} " in out  # the table
+
+
+def test_the_metrics_of_supervised_fine_tuning(runs):
+  workdir, out = runs["arith_sft"]
+  steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
+  assert steps and not any("log_reward_mean" in r for r in steps)
+  assert "best evaluation was after step" in out
+  assert (workdir / "best" / "adapter_model.safetensors").exists()
