@@ -28,8 +28,8 @@ def get_config(variant: str = "") -> ml_collections.ConfigDict:
   config.long_length = 768
   config.long_every = 10
   # Steps are learnt from good text; in the end most text is bad.
-  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.1, (1600, 2400)
-  config.num_steps = 4000
+  config.right_share_start, config.right_share_end, config.right_share_steps = 0.6, 0.1, (2200, 3000)
+  config.num_steps = 5000
   config.learning_rate = 3e-3
   config.warmup_steps = 200
   config.weight_decay = 0.01

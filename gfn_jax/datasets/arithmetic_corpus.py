@@ -28,7 +28,7 @@ def _corrupted(rng: np.random.Generator, expression: str) -> tuple[str, int]:
 
 
 def _right_steps(rng, expression):
-  return _corrupted(rng, expression) if rng.random() < 0.15 else solve(expression)
+  return _corrupted(rng, expression) if rng.random() < 0.1 else solve(expression)
 
 
 def _any_answer(rng):
@@ -69,7 +69,7 @@ OTHER_STYLES: dict[Callable, float] = {
   _wrong_steps: 0.25,
   _unrelated: 0.25,
 }  # shares of what is not right
-OPERANDS: dict[int, float] = {2: 0.05, 3: 0.35, 4: 0.35, 5: 0.2, 6: 0.05}
+OPERANDS: dict[int, float] = {2: 0.05, 3: 0.25, 4: 0.3, 5: 0.25, 6: 0.15}
 BROKEN_OFF = 0.05  # share of lines that leave their rationale unfinished
 
 
