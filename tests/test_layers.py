@@ -42,7 +42,12 @@ PACKAGES = {
     ("prefix", "hf"),
     ("__init__",),
   ),
-  "datasets": (("__init__",), ("expressions",), ("arithmetic", "arithmetic_corpus")),
+  "datasets": (
+    ("__init__",),
+    ("expressions", "sentences", "sources", "prepared"),
+    ("json_lines",),
+    ("arithmetic", "arithmetic_corpus", "subj", "roc_stories", "openwebtext_prompts"),
+  ),
   "tasks": (("arith",), ("__init__",)),
   "evaluators": (("__init__",), ("records",), ("accuracy", "posterior"), ("suite",)),
 }
