@@ -45,7 +45,12 @@ PACKAGES = {
     ("__init__",),
   ),
   "plots": (("figure",), ("curves", "numbers"), ("__init__",)),
-  "datasets": (("__init__",), ("expressions",), ("arithmetic", "arithmetic_corpus")),
+  "datasets": (
+    ("__init__",),
+    ("expressions", "sentences", "sources", "prepared"),
+    ("json_lines",),
+    ("arithmetic", "arithmetic_corpus", "subj", "roc_stories", "openwebtext_prompts"),
+  ),
   "tasks": (("arith", "rng"), ("__init__",)),
   "evaluators": (
     ("__init__",),

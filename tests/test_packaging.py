@@ -36,13 +36,15 @@ def wheel(tmp_path_factory):
   return file
 
 
-def test_the_wheel_holds_code_configs_and_the_embedded_model(wheel):
+def test_the_wheel_holds_code_configs_the_embedded_model_and_data(wheel):
   names = zipfile.ZipFile(wheel).namelist()
   modules = {p.relative_to(REPOSITORY).as_posix() for p in (REPOSITORY / "gfn_jax").rglob("*.py")}
   assert modules <= set(names)
   expected = {"gfn_jax/configs/arith.py", "gfn_jax/configs/pretrain_arith.py"}
   model = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
   expected |= {f"gfn_jax/embedded/arith-2m/{name}" for name in model}
+  data = REPOSITORY / "gfn_jax" / "embedded" / "data"
+  expected |= {p.relative_to(REPOSITORY).as_posix() for p in data.rglob("*") if p.is_file()}
   assert expected <= set(names)
   assert not [n for n in names if n.startswith(("tests/", "configs/"))]
   assert wheel.stat().st_size < 10e6

@@ -5,19 +5,14 @@ problems have 3 or 4 operands. No test or validation expression is part of a gen
 different as a whole.
 """
 
-from collections.abc import Iterator
-import contextlib
 import dataclasses
-import hashlib
-import io
 import json
 import pathlib
 
-from absl import logging
 import numpy as np
 import tensorflow_datasets as tfds
 
-from gfn_jax.datasets import expressions
+from gfn_jax.datasets import expressions, prepared
 
 NUM_TRAIN, NUM_DEMONSTRATIONS, NUM_VALIDATION, NUM_TEST = 1000, 50, 100, 500
 EVALUATED_OPERANDS = (3, 4, 5)
@@ -40,13 +35,12 @@ def make_config(seed: int, path: str | None = None) -> ArithmeticConfig:
   """
   if path is None:
     return ArithmeticConfig(name=f"seed{seed}", seed=seed)
-  digest = hashlib.sha256()
-  for name in RELEASED_FILES.values():
-    file = pathlib.Path(path) / name
+  files = [pathlib.Path(path) / name for name in RELEASED_FILES.values()]
+  for file in files:
     if not file.is_file():
-      raise ValueError(f"config.data.path {path!r} has no {name}: it must hold {' and '.join(RELEASED_FILES.values())}")
-    digest.update(file.read_bytes())
-  return ArithmeticConfig(name=f"json_{digest.hexdigest()[:12]}_seed{seed}", seed=seed, path=path)
+      need = " and ".join(RELEASED_FILES.values())
+      raise ValueError(f"config.data.path {path!r} has no {file.name}: it must hold {need}")
+  return ArithmeticConfig(name=f"json_{prepared.digest(files)}_seed{seed}", seed=seed, path=path)
 
 
 def read_records(file: str | pathlib.Path) -> list[dict]:
@@ -73,20 +67,17 @@ def read_records(file: str | pathlib.Path) -> list[dict]:
   return records
 
 
-class Arithmetic(tfds.core.GeneratorBasedBuilder):
+class Arithmetic(prepared.RecordsBuilder):
   """Integer addition and subtraction, step by step."""
 
-  VERSION = tfds.core.Version("1.0.0")
-  RELEASE_NOTES = {"1.0.0": "Initial release."}  # noqa: RUF012 (TFDS's own form)
+  FEATURES = {  # noqa: RUF012 (TFDS's own form)
+    "prompt": tfds.features.Text(),
+    "rationale": tfds.features.Text(),
+    "answer": tfds.features.Scalar(np.int64),
+  }
 
-  def _info(self) -> tfds.core.DatasetInfo:
-    text = tfds.features.Text()
-    features = tfds.features.FeaturesDict({"prompt": text, "rationale": text, "answer": tfds.features.Scalar(np.int64)})
-    # In order: the first demonstrations are the reward's.
-    return tfds.core.DatasetInfo(builder=self, description=__doc__, features=features, disable_shuffling=True)
-
-  def _split_generators(self, dl_manager):
-    del dl_manager
+  def splits(self) -> dict[str, list[dict]]:
+    """In order: the first demonstrations are the reward's."""
     config = self.builder_config
     rng = np.random.default_rng(config.seed)
     if config.path is None:
@@ -100,11 +91,7 @@ class Arithmetic(tfds.core.GeneratorBasedBuilder):
     for split, number in (("validation", NUM_VALIDATION), ("test", NUM_TEST)):
       for k in EVALUATED_OPERANDS:
         records[f"{split}_{k}"] = [_record(e, with_steps=True) for e in _distinct(rng, split, (k,), number, seen)]
-    return {split: _examples(rs) for split, rs in records.items()}
-
-  def _generate_examples(self):
-    """Splits are given as generators in `_split_generators`."""
-    return iter(())
+    return records
 
 
 def _distinct(rng, split: str, operands: tuple[int, ...], number: int, exclude: set[str]) -> list[str]:
@@ -125,28 +112,6 @@ def _record(expression: str, with_steps: bool) -> dict:
   return {"prompt": expressions.question(expression), "rationale": steps if with_steps else "", "answer": answer}
 
 
-def _examples(records: list[dict]) -> Iterator[tuple[int, dict]]:
-  yield from enumerate(records)
-
-
 def load(config: ArithmeticConfig, split: str, data_dir: str | None = None) -> list[dict]:
-  """The records of a split, in order; prepares the data set (array_record) at first use."""
-  tfds.disable_progress_bar()
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # TFDS warns of every config that is not in its own list
-  try:
-    builder = Arithmetic(config=config, data_dir=data_dir, file_format="array_record")
-    if not builder.is_prepared():
-      try:
-        with contextlib.redirect_stdout(io.StringIO()):  # it also announces a download; there is none
-          builder.download_and_prepare()
-      except OSError:  # another run may have been quicker to rename its copy to the same place
-        builder = Arithmetic(config=config, data_dir=data_dir, file_format="array_record")
-        if not builder.is_prepared():
-          raise
-    source = builder.as_data_source(split)
-  finally:
-    logging.set_verbosity(verbosity)
-  return [
-    {"prompt": r["prompt"].decode(), "rationale": r["rationale"].decode(), "answer": int(r["answer"])} for r in source
-  ]
+  """The records {"prompt": str, "rationale": str, "answer": int} of a split, in order."""
+  return prepared.load(Arithmetic, config, split, data_dir)

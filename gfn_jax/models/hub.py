@@ -28,7 +28,8 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
   name = os.fspath(name)
   if name.startswith(EMBEDDED_PREFIX):
     root = pathlib.Path(str(importlib.resources.files("gfn_jax"))) / "embedded"
-    shipped = {EMBEDDED_PREFIX + p.name: p for p in root.glob("*/")}  # looked up, never joined: "../x" is no model
+    # Looked up, never joined: "../x" is no model. Nor is embedded/data.
+    shipped = {EMBEDDED_PREFIX + p.parent.name: p.parent for p in root.glob("*/config.json")}
     if name not in shipped:
       have = ", ".join(sorted(shipped)) or "none"
       raise ValueError(f"model {name!r} does not ship with this package: choose from {have}")
@@ -68,8 +69,8 @@ def _fetch(repository: str, file: str, revision: str | None, weights: bool) -> p
       if any(p.suffix in (".safetensors", ".msgpack") for p in folder.iterdir()):
         return folder
   except Exception as e:  # of the network, the hub and the cache, each from a library of its own
-    reason = _reason(e, file, revision)
-    raise ValueError(f"model {repository!r} is no folder, and could not be fetched from the hub: {reason}") from None
+    why = reason(e, file, revision)
+    raise ValueError(f"model {repository!r} is no folder, and could not be fetched from the hub: {why}") from None
   if constants.is_offline_mode():
     raise ValueError(
       f"model {repository!r}: no weights are in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set: fetch them where "
@@ -81,7 +82,7 @@ def _fetch(repository: str, file: str, revision: str | None, weights: bool) -> p
   )
 
 
-def _reason(error: Exception, file: str, revision: str | None) -> str:
+def reason(error: Exception, file: str, revision: str | None = None) -> str:
   """Why it was not fetched, and what to do; huggingface_hub tells it in several lines."""
   from huggingface_hub import constants, errors
 
@@ -96,5 +97,5 @@ def _reason(error: Exception, file: str, revision: str | None) -> str:
   if isinstance(error, errors.LocalEntryNotFoundError):
     why = "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "the hub cannot be reached"
     remedy = "fetch it where there is a network, or name a folder"
-    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE}: {remedy}"
+    return f"{why}, and no whole copy is in {constants.HF_HUB_CACHE} (HF_HOME moves it): {remedy}"
   return " ".join(str(error).split())[:300] or type(error).__name__
