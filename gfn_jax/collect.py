@@ -1,6 +1,7 @@
 """From a step's plan to its batch: sampling, prefix rewards, replay."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,15 +22,18 @@ class Collector:
     replay: the buffer; a run's only host state.
   """
 
-  def __init__(self, config: Any, task: Task, table: Queries, sampler: Sampler, reward: Any):
-    """`config`: of the run. `table`: the training queries, in the order of `task.examples`. `reward`: as
-    `rewards.Reward`.
+  def __init__(self, config: Any, task: Task, table: Queries, sampler: Sampler, reward: Any, max_positions: int):
+    """`config`: of the run. `table`: the training queries, in the order of `task.examples`.
+
+    Args:
+      reward: called as `rewards.Reward` is.
+      max_positions: the model's.
 
     Raises:
       ValueError: fewer queries can be drawn than a step has.
     """
     self._config, self._task, self._table = config, task, table
-    self._sampler, self._reward = sampler, reward
+    self._sampler, self._reward, self._max_positions = sampler, reward, max_positions
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -54,34 +58,51 @@ class Collector:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
   def seed_replay(self) -> np.ndarray:
-    """Puts the demonstrations that fit max_length into the buffer, through the calculator.
+    """Fills the buffer before the first step, as config.replay.seed_from says.
 
     Returns:
-      float [demonstrations that fit], log R of each in nats, untempered.
+      float [rationales offered], log R of each in nats, untempered.
     """
+    if self._config.replay.seed_from == "inverse_prompt":
+      return self._seed_by_inverse_prompt()
     max_length = self._config.sampler.max_length
     found = [
       (i, self._task.rationale_tokens(e, max_length))
       for i, e in enumerate(self._task.examples[: self._task.num_seeded])
     ]
     found = [(i, z) for i, z in found if z is not None]
-    whole = np.zeros(0, np.float32)
-    if found:
-      ids = np.array([i for i, _ in found])
-      tokens, _ = data.pad_right([tokens for _, (tokens, _) in found])
-      tokens = np.pad(tokens, ((0, 0), (0, max_length - tokens.shape[1])))
-      chosen = np.zeros(tokens.shape, bool)
-      for row, (_, (_, mask)) in zip(chosen, found):
-        row[: len(mask)] = mask
-      length = np.array([len(tokens) for _, (tokens, _) in found], np.int32)
-      blank = np.zeros(tokens.shape, np.float32)
-      z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
-      log_reward = self._score(ids, z)
-      whole = np.take_along_axis(log_reward, length[:, None], axis=1)[:, 0]
-      for row, i in enumerate(ids):
-        at = slice(row, row + 1)
-        self.replay.add(int(i), tokens[at], length[at], chosen[at], log_reward[at])
-    return whole
+    return self._offer(np.array([i for i, _ in found], int), [z for _, z in found])
+
+  def _seed_by_inverse_prompt(self) -> np.ndarray:
+    """Reasons that the base gives when it is told the answer (paper, appendix D), scored behind the plain prompt."""
+    task, replay = self._task, self._config.replay
+    prompts = [dataclasses.replace(e, prompt=task.inverse_prompt(e), reward_prompt=None) for e in task.examples]
+    queries = data.query_table(prompts, task, self._max_positions, self._config.sampler.max_length)
+    n = replay.inverse_prompt_samples
+    z = self._sampler.draw(
+      None, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=1.0,
+      key=data.step_key(self._config.seed, data.SEED, 0),
+    )  # fmt: skip
+    rows = [task.first_words(row[:length].tolist()) for row, length in zip(z.tokens, z.length)]
+    return self._offer(np.arange(len(prompts)), [(row, [True] * len(row)) if row else None for row in rows])
+
+  def _offer(self, ids: np.ndarray, rationales: list[tuple[list[int], list[bool]] | None]) -> np.ndarray:
+    """Scores N rationales (tokens, action_mask; None: none) a query, and adds them to the buffer; log R of each."""
+    if not any(rationales):
+      return np.zeros(0, np.float32)
+    max_length, n = self._config.sampler.max_length, len(rationales) // len(ids)
+    rows = [z or ([], []) for z in rationales]
+    tokens, _ = data.pad_right([*(tokens for tokens, _ in rows), [0] * max_length])
+    chosen, _ = data.pad_right([*(mask for _, mask in rows), [0] * max_length])
+    tokens, chosen = tokens[:-1], chosen[:-1].astype(bool)
+    length = np.array([len(tokens) for tokens, _ in rows], np.int32)
+    blank = np.zeros(tokens.shape, np.float32)
+    log_reward = self._score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
+    offered = [row for row, z in enumerate(rationales) if z]
+    for row in offered:
+      at = slice(row, row + 1)
+      self.replay.add(int(ids[row // n]), tokens[at], length[at], chosen[at], log_reward[at])
+    return np.take_along_axis(log_reward, length[:, None], axis=1)[offered, 0]
 
   def __call__(
     self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -154,7 +175,7 @@ class DemonstrationCollector(Collector):
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
   def seed_replay(self) -> np.ndarray:
-    """As `Collector.seed_replay`. Raises ValueError where no demonstration is left to learn from."""
+    """The demonstrations that fit. Raises ValueError where no demonstration is left to learn from."""
     found = super().seed_replay()
     if not len(found):
       raise ValueError(

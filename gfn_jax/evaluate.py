@@ -42,7 +42,7 @@ def main() -> int:
   started = time.time()
   results = evaluate(config.lock(), _ADAPTER.value)
   write_results(output, config, results, time.time() - started)
-  print(results_table(results, config.task))
+  print(results_table(results))
   return 0
 
 

@@ -7,8 +7,8 @@ import ml_collections
 
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.suite import Suite
-from gfn_jax.models import load_pretrained
-from gfn_jax.parallel import replicated
+from gfn_jax.models import load_adapter, load_pretrained
+from gfn_jax.parallel import place, replicated
 from gfn_jax.tasks import make_task
 
 
@@ -28,6 +28,8 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> t
     pretrained, params=params, max_length=config.sampler.max_length, min_length=config.sampler.min_length,
     devices=devices,
   )  # fmt: skip
-  reward = task.make_reward(config, pretrained, params, devices)
+  adapter = config.reward.adapter
+  lora = None if adapter is None else place(load_adapter(adapter, pretrained), devices)
+  reward = task.make_reward(config, pretrained, params, lora, devices)
   parts = Parts(config, pretrained, params, task, sampler, reward, devices)
   return parts, Suite(parts)

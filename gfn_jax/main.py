@@ -11,10 +11,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Where the run's files go; by de
 def main() -> int:
   config = _CONFIG.value
   cli.prepare_jax(config)
-  from gfn_jax.train import train  # after the switches above
+  from gfn_jax import em, train  # after the switches above
 
   default = f"runs/{config.name}" + (f"-{config.variant}" if config.variant else "")
-  return train(config.lock(), _WORKDIR.value or default)
+  workdir = _WORKDIR.value or default
+  return em.run(config.lock(), workdir) if config.em.num_rounds else train.train(config.lock(), workdir)
 
 
 if __name__ == "__main__":

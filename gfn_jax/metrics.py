@@ -146,6 +146,7 @@ class StepLog:
     self._writer.write_samples(step, samples)
     scores = "  ".join(f"{k.split('/', 1)[1]} {v:.3g}" for k, v in values.items() if not k.startswith("time/"))
     lines = [f"evaluation after step {step}: {scores}"]
-    lines += [f"  {scores_text(s)}  {s['X']}|{s['Z']}" for s in samples[:: max(1, len(samples) // 3)][:3]]
+    scored = [s for s in samples if "log_q" in s]
+    lines += [f"  {scores_text(s)}  {s['X']}|{s['Z']}" for s in scored[:: max(1, len(scored) // 3)][:3]]
     self._writer.say("\n".join(lines))
     self._since = time.monotonic()

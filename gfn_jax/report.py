@@ -17,14 +17,13 @@ def label(method: str) -> str:
 PER_CENT = ("accuracy", "valid_mass", "histogram/valid_share")  # shares that a table shows in per cent
 
 
-def results_table(results: Mapping[str, float], task: str) -> str:
+def results_table(results: Mapping[str, float]) -> str:
   """Markdown like the paper's tables: a line a method, a column a metric (and kind of problem)."""
   cells: dict[str, dict[str, float]] = {}
+  task = ""
   for key, value in results.items():
-    owner, _, rest = key.partition("/")
-    if owner == task and "/" in rest:
-      method, _, metric = rest.partition("/")
-      cells.setdefault(method, {})[metric] = value
+    task, method, metric = key.split("/", 2)
+    cells.setdefault(method, {})[metric] = value
   order = sorted(cells, key=lambda m: (not m.startswith("base"), m))
   every = dict.fromkeys(k for m in order for k in cells[m])
   metrics = [k for k in every if k not in POSTERIOR_METRICS]

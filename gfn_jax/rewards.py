@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
-from gfn_jax.models import Pretrained
+from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, without_start
@@ -31,6 +31,7 @@ def _score_trees(
   config: ModelConfig,
   stop_token_id: int | None,
   params: dict,
+  lora: Lora | None,
   context: KeyValues | None,
   allowed_tokens: jax.Array | None,
   prompt_tokens: jax.Array,  # [G, P]
@@ -47,9 +48,9 @@ def _score_trees(
 
   Where the target is empty, the stop token (unless it is None) ends the text, and its probability joins that of z.
   """
-  prefix = encode_prompts(config, params, None, prompt_tokens, prompt_mask, context)
+  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, context)
   positions = prefix.length[:, None] + depths - 1
-  hidden, kv = hidden_states(config, params, None, tokens, positions, ancestors[:, :-1], prefix.segments(1))
+  hidden, kv = hidden_states(config, params, lora, tokens, positions, ancestors[:, :-1], prefix.segments(1))
   hidden = jnp.concatenate([hidden, prefix.last_hidden[:, None]], axis=1)  # the root last, where `parents` seeks it
   logits = output_logits(config, params, hidden)
   take = functools.partial(jnp.take_along_axis, axis=1)
@@ -75,7 +76,7 @@ def _score_trees(
     n = inputs.shape[-1]
     # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
     target_positions = jnp.where(target_mask[:, None, :-1], start[..., None] + jnp.arange(n), 0)
-    branch_hidden, _ = hidden_states(config, params, None, inputs, target_positions, causal_mask(n), segments)
+    branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
     branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
     wanted = jnp.broadcast_to(target_tokens[:, None, 1:], inputs.shape)
     rest = jnp.take_along_axis(branch, wanted[..., None], axis=-1)[..., 0]
@@ -88,7 +89,7 @@ def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = jax.jit(functools.partial(encode_context, config))
   score = jax.pmap(
-    functools.partial(_score_trees, config, stop_token_id), in_axes=(None,) * 3 + (0,) * 9, devices=devices
+    functools.partial(_score_trees, config, stop_token_id), in_axes=(None,) * 4 + (0,) * 9, devices=devices
   )  # fmt: skip
   return encode, score
 
@@ -122,7 +123,8 @@ class RewardModel:
   """The frozen LM as a source of prefix log-rewards.
 
   Args:
-    pretrained: the base; the adapter never enters here.
+    pretrained: the base; the policy's adapter never enters here.
+    lora: an adapter of the LM itself (the M-step of expectation-maximisation); None for the base as it is.
     params: the base's parameters as placed on `devices` (default: `pretrained.params`).
     context: int [C], tokens before every prompt (demonstrations); their keys and values are computed once.
     num_replaced: how many tokens at the start of a prompt the context stands for (a beginning of sequence).
@@ -136,18 +138,20 @@ class RewardModel:
     pretrained: Pretrained,
     *,
     context: Int[np.ndarray, "C"],
+    lora: Lora | None = None,
     num_replaced: int = 0,
     allowed_tokens: Bool[np.ndarray, "V"] | None = None,
     stop_token_id: int | None = None,
     params: dict | None = None,
     devices: Sequence[jax.Device] | None = None,
   ):
-    self._config, self._params = pretrained.config, pretrained.params if params is None else params
+    self._config, self._lora = pretrained.config, lora
+    self._params = pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
     self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
     encode, self._score = _compiled(self._config, stop_token_id, tuple(self._devices))
-    self._context = encode(self._params, None, jnp.asarray(context, jnp.int32)) if len(context) else None
+    self._context = encode(self._params, lora, jnp.asarray(context, jnp.int32)) if len(context) else None
 
   def __call__(
     self,
@@ -185,7 +189,7 @@ class RewardModel:
     while trees:
       chunk, arrays = self._next_chunk(trees)
       trees = trees[len(chunk) :]
-      pending.append((chunk, self._score(self._params, self._context, self._allowed, *arrays)))
+      pending.append((chunk, self._score(self._params, self._lora, self._context, self._allowed, *arrays)))
     for chunk, results in pending:
       prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
       for tree, a, b in zip(chunk, prefixes, targets):
@@ -246,7 +250,7 @@ class Reward:
   query has no Y.
 
   Args:
-    model: scores Z behind context and prompt.
+    model: scores Z behind context and prompt; an attribute too.
     alpha, beta: see above. Tempered sampling is alpha = 1 / T; beta < 0 is contrastive sampling.
     prior: scores Z by itself, for beta; `prior_tokens`: what then stands before it, a beginning of sequence.
     rival_penalty: nats off where the LM thinks that a rival target is likelier than Y.
@@ -269,7 +273,7 @@ class Reward:
   ):
     if beta and (prior is None or not prior_tokens):
       raise ValueError(f"beta {beta:g}: log p(z) needs a model without context, and a token before Z")
-    self._model, self._alpha, self._beta, self._prior = model, alpha, beta, prior
+    self.model, self._alpha, self._beta, self._prior = model, alpha, beta, prior
     self._prior_tokens, self._rival_penalty, self._log_constraint = list(prior_tokens), rival_penalty, log_constraint
 
   def __call__(
@@ -282,7 +286,7 @@ class Reward:
     """log R of the prefixes that are `wanted`, 0 elsewhere, for B = Q * N samples grouped by query."""
     z, n = (tokens, length, wanted), len(tokens) // len(queries)
     prompt = queries.reward_prompt_tokens, queries.reward_prompt_mask
-    log_p_prefix, log_p_target = self._model(*prompt, *z, queries.target_tokens, queries.target_mask)
+    log_p_prefix, log_p_target = self.model(*prompt, *z, queries.target_tokens, queries.target_mask)
     log_reward = self._alpha * log_p_prefix + log_p_target
     if self._beta:
       prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
@@ -294,7 +298,7 @@ class Reward:
       beaten = np.zeros(wanted.shape, bool)
       for rival, mask in zip(np.moveaxis(queries.rival_tokens, 1, 0), np.moveaxis(queries.rival_mask, 1, 0)):
         exists = np.repeat(mask.any(-1), n)[:, None]
-        beaten |= exists & (self._model(*prompt, *z, rival, mask)[1] > log_p_target)
+        beaten |= exists & (self.model(*prompt, *z, rival, mask)[1] > log_p_target)
       log_reward -= np.where(wanted & beaten, self._rival_penalty, 0.0)
     if self._log_constraint is not None:
       for row, t in zip(*np.nonzero(wanted)):

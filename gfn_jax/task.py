@@ -1,13 +1,14 @@
 """What every task is: where X, Z and Y come from, how they are tokenised, what Z is rewarded for, how it is checked."""
 
 from collections.abc import Sequence
+import itertools
 import operator
 from typing import Any, ClassVar, SupportsIndex
 
 import jax
 import numpy as np
 
-from gfn_jax.models import Pretrained
+from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.text import TextCodec
 from gfn_jax.rewards import Reward, RewardModel
 from gfn_jax.sampler import Sampler
@@ -76,6 +77,11 @@ class Task(TextCodec):
     """A prompt as policy and reward read it, `start_tokens` before it."""
     return [*self.start_tokens, *self.encode(prompt)]
 
+  def beginning(self) -> list[int]:
+    """What stands before a text of which nothing is given: `start_tokens`, or the end of the text before."""
+    eos = self._tokenizer.eos_token_id
+    return list(self.start_tokens) or ([] if eos is None else [eos])
+
   def context_tokens(self, num_demonstrations: int) -> list[int]:
     """What the reward, and a base with demonstrations, read before a prompt; [] for nothing."""
     del num_demonstrations
@@ -103,6 +109,14 @@ class Task(TextCodec):
   def _written(self, rationale: str) -> str:
     """A demonstration as the policy writes it behind the prompt."""
     return f" {rationale}"
+
+  def inverse_prompt(self, example: Example) -> str:
+    """A prompt that tells the answer, behind which the base writes rationales (paper, appendix D)."""
+    raise ValueError(f"config.replay.seed_from 'inverse_prompt': the {self.name} task has no inverse prompt")
+
+  def first_words(self, tokens: Sequence[int]) -> list[int]:
+    """What of a text stands before the first token that is no word or number."""
+    return list(itertools.takewhile(lambda t: self.decode([t]).strip().isalnum(), tokens))
 
   def example_of(self, prompt: str) -> Example:
     """The example that a user's prompt makes. Raises ValueError for a prompt that is none of the task's."""
@@ -135,11 +149,17 @@ class Task(TextCodec):
       stop_token_id=self.stop_token_id, tool=self.tool, num_replaced=len(self.start_tokens), **settings,
     )  # fmt: skip
 
-  def make_reward(self, config: Any, pretrained: Pretrained, params: dict, devices: Sequence[jax.Device]) -> Any:
-    """The reward: called as `rewards.Reward` is. `config` is the run's; `params` are those on the `devices`."""
+  def make_reward(
+    self, config: Any, pretrained: Pretrained, params: dict, lora: Lora | None, devices: Sequence[jax.Device]
+  ) -> Any:
+    """The reward: called as `rewards.Reward` is.
+
+    Args:
+      config: of the run. params: those on the `devices`. lora: of the LM that rewards; None for the base as it is.
+    """
     r = config.reward
     shared = {
-      "params": params, "stop_token_id": self.stop_token_id, "devices": devices,
+      "params": params, "lora": lora, "stop_token_id": self.stop_token_id, "devices": devices,
       "allowed_tokens": self.allowed_tokens if r.renormalize else None,
     }  # fmt: skip
     model = RewardModel(
@@ -148,7 +168,7 @@ class Task(TextCodec):
     )  # fmt: skip
     prior = RewardModel(pretrained, context=np.zeros(0, np.int32), **shared) if r.beta else None
     return Reward(
-      model, alpha=r.alpha, beta=r.beta, prior=prior, prior_tokens=self.start_tokens or self._end_of_text(),
+      model, alpha=r.alpha, beta=r.beta, prior=prior, prior_tokens=self.beginning(),
       rival_penalty=r.rival_penalty, log_constraint=self.log_constraint,
     )  # fmt: skip
 
@@ -161,7 +181,3 @@ class Task(TextCodec):
     return f"p_LM(Z | {shown}X){power} p_LM(Y | {shown}X, Z){prior}"
 
   log_constraint: Any = None  # as in `rewards.Reward`
-
-  def _end_of_text(self) -> list[int]:
-    eos = self._tokenizer.eos_token_id
-    return [] if eos is None else [eos]

@@ -196,7 +196,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   key = functools.partial(data.step_key, config.seed)
   reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
   table = data.query_table(task.examples, task, model.max_positions, reserved)
-  collector = COLLECTORS[config.method](config, task, table, parts.sampler, parts.reward)
+  collector = COLLECTORS[config.method](config, task, table, parts.sampler, parts.reward, model.max_positions)
   trained: dict[str, Any] = {"lora": lora}
   if config.method == "gfn" and config.loss.name == "tb":
     trained["log_partition"] = jnp.zeros(len(task.examples))
@@ -234,8 +234,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       # 5. The steps. Metrics of a step are read while the next one runs.
       if restored is None:
         seeds = collector.seed_replay()
-        fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
-        if task.num_seeded:
+        if config.replay.seed_from == "inverse_prompt":
+          print(f"replay buffer: {len(collector.replay)} rationales by inverse prompting", flush=True)
+        elif task.num_seeded:
+          fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
           print(f"replay buffer: {fit}", flush=True)
         if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
           start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
@@ -289,8 +291,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       return EXIT_CODE
     finally:
       checkpoints.close()
-  plots.plot_run(workdir, config.task)
+  plots.plot_run(workdir, task.name)
   contract.write_results(workdir / "results.json", config, results, time.time() - started)
-  print(report.results_table(results, config.task))
+  print(report.results_table(results))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)
   return 0

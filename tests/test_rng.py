@@ -39,7 +39,7 @@ def make_task(base, **changes):
 def make_parts(base, max_length=4, **changes):
   task = make_task(base, max_length=max_length, **changes)
   sampler = task.make_sampler(base, max_length=max_length)
-  reward = task.make_reward(None, base, {}, [])
+  reward = task.make_reward(None, base, {}, None, [])
   return Parts(config(max_length, **changes), base, base.params, task, sampler, reward, jax.devices())
 
 

@@ -8,11 +8,20 @@ import jax.numpy as jnp
 from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
 from gfn_jax.evaluators.evaluator import Evaluator, Parts
+from gfn_jax.evaluators.labels import Direct, Reasons
 from gfn_jax.evaluators.numbers import Histogram, Numbers
 from gfn_jax.evaluators.posterior import posterior_quality
+from gfn_jax.evaluators.texts import Texts
 from gfn_jax.models import Lora
 
-EVALUATORS: dict[str, type[Evaluator]] = {"accuracy": Accuracy, "numbers": Numbers, "histogram": Histogram}
+EVALUATORS: dict[str, type[Evaluator]] = {
+  "accuracy": Accuracy,
+  "direct": Direct,
+  "histogram": Histogram,
+  "numbers": Numbers,
+  "reasons": Reasons,
+  "texts": Texts,
+}
 POSTERIOR_CALLS = 4  # of the sampler, for the posterior's quality
 
 Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and samples for samples.jsonl

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from gfn_jax.files import read_json
-from gfn_jax.models import Pretrained
+from gfn_jax.models import Lora, Pretrained
 from gfn_jax.task import Task
 from gfn_jax.types import Example, Queries
 
@@ -189,7 +189,8 @@ class RngTask(Task):
     return f"the {c.target} distribution{parameter} over {c.low}..{c.high}"
 
   def make_reward(
-    self, config: Any, pretrained: Pretrained, params: dict, devices: Sequence[jax.Device]
+    self, config: Any, pretrained: Pretrained, params: dict, lora: Lora | None, devices: Sequence[jax.Device]
   ) -> NumberReward:
-    del config, pretrained, params, devices
+    """No LM: the reward is known."""
+    del config, pretrained, params, lora, devices
     return NumberReward({self.number_tokens[n]: p for n, p in self.log_probs.items()}, self._penalty)

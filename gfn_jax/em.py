@@ -1,0 +1,138 @@
+"""Expectation-maximisation with latent Z (paper section 3.2 and 4.3): `run(config, workdir)`.
+
+A round is two runs of `train`, each of which can be interrupted and goes on:
+
+  round0/e   the E-step: a sampler q(Z | X) of the posterior under the LM as it is
+  round0/m   the M-step: an adapter of the LM itself, fine-tuned on X, Y and Z drawn from q
+  round1/e   a sampler of the posterior under that LM ...
+
+The evaluation after each M-step samples reasons from q and concludes with the fine-tuned LM.
+"""
+
+from collections.abc import Mapping
+import json
+import math
+import os
+import pathlib
+import time
+
+import jax
+import ml_collections
+
+from gfn_jax import data, report
+from gfn_jax import workdir as contract
+from gfn_jax.config import validate
+from gfn_jax.experiment import build
+from gfn_jax.files import write_text
+from gfn_jax.models import load_adapter
+from gfn_jax.parallel import place
+from gfn_jax.train import reward_temperature, train
+
+MICRO_BATCH = 32  # rows of one backward pass of the M-step
+
+
+def e_step(config: ml_collections.ConfigDict, adapter: pathlib.Path | None) -> ml_collections.ConfigDict:
+  """The run that fits q; `adapter`: of the LM that the last M-step left."""
+  step = config.copy_and_resolve_references()
+  with step.unlocked():
+    step.em.num_rounds = 0
+    step.reward.adapter = config.reward.adapter if adapter is None else os.fspath(adapter)
+  return step
+
+
+def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_length: int) -> ml_collections.ConfigDict:
+  """The run that fits a fresh adapter of the LM to `rationales`, supervised; `max_length`: tokens of Z and Y."""
+  em, step = config.em, config.copy_and_resolve_references()
+  with step.unlocked():
+    step.method, step.em.num_rounds, step.em.rationales_path = "sft", 0, os.fspath(rationales)
+    step.lora.init_from = step.reward.adapter = None
+    step.sampler.max_length, step.sampler.num_samples = max_length, 1
+    step.train.num_queries, step.train.micro_batch_queries = em.batch_size, math.gcd(em.batch_size, MICRO_BATCH)
+    step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
+    step.train.warmup_steps, step.train.decay_steps = em.warmup_steps, 0
+    step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0
+    step.eval.baselines, step.eval.evaluators, step.eval.test_evaluators = False, (), ()
+    step.replay.seed_from = "demonstrations"
+  return step
+
+
+def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, output: pathlib.Path) -> int:
+  """Draws config.em.num_rationales Z a training query from q, at temperature 1, into JSON lines of X, Z, Y.
+
+  Returns:
+    The longest Y, in tokens. Draws nothing where the file is there already.
+  """
+  devices = jax.local_devices()
+  parts, _ = build(config, devices)
+  task = parts.task
+  if not output.exists():
+    queries = data.query_table(task.examples, task, parts.pretrained.config.max_positions, config.sampler.max_length)
+    n = config.em.num_rationales
+    z = parts.sampler.draw(
+      place(load_adapter(adapter, parts.pretrained), devices), queries.prompt_tokens, queries.prompt_mask,
+      num_samples=n, temperature=1.0, key=data.step_key(config.seed, data.SAMPLE, config.train.num_steps),
+    )  # fmt: skip
+    rows = (task.decode(row[:length]) for row, length in zip(z.tokens.tolist(), z.length))
+    records = [
+      {"X": task.examples[i // n].prompt, "Z": text, "Y": task.examples[i // n].target} for i, text in enumerate(rows)
+    ]
+    write_text(output, "".join(json.dumps(r) + "\n" for r in records))
+  return max(len(task.encode_after(e.target)) for e in task.examples)
+
+
+def evaluate_pair(
+  config: ml_collections.ConfigDict, sampler: pathlib.Path, conclusions: pathlib.Path
+) -> dict[str, float]:
+  """The test of q's reasons with the fine-tuned LM's conclusions: "subj/gfn_sft/accuracy/10", ..."""
+  step = e_step(config, conclusions)
+  with step.unlocked():
+    step.eval.baselines = False
+  devices = jax.local_devices()
+  parts, suite = build(step, devices)
+  lora = place(load_adapter(sampler, parts.pretrained), devices)
+  key = data.step_key(config.seed, data.EVALUATE, 0)
+  results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key)
+  return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
+
+
+def _read(path: pathlib.Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
+  results = json.loads(path.read_text())
+  return {k: v for k, v in results.items() if k.startswith(f"{config.task}/")}
+
+
+def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
+  """Runs, or goes on with, config.em.num_rounds rounds in `workdir`; exit codes as of `train`.
+
+  results.json has the last round's keys, and every round's with /round0, /round1, ... behind them.
+
+  Raises:
+    ValueError: a slip of the user's, in one line.
+  """
+  started, devices = time.time(), jax.local_devices()
+  validate(config, len(devices))
+  workdir = contract.prepare(config, workdir)
+  if contract.finished_steps(workdir) >= config.train.num_steps:
+    print(f"{workdir}: finished already; results in {workdir / 'results.json'}")
+    return 0
+  contract.write_config(workdir, config, devices)
+  adapter, results = None, {}
+  for index in range(config.em.num_rounds):
+    folder = workdir / f"round{index}"
+    print(f"round {index + 1} of {config.em.num_rounds}, E-step", flush=True)
+    expectation = e_step(config, adapter)
+    if code := train(expectation.lock(), folder / "e"):
+      return code
+    sampler = folder / "e" / "adapter"
+    rationales = folder / "rationales.jsonl"
+    target_length = sample_rationales(expectation, sampler, rationales)
+    print(f"round {index + 1} of {config.em.num_rounds}, M-step", flush=True)
+    maximisation = m_step(config, rationales, config.sampler.max_length + target_length)
+    if code := train(maximisation.lock(), folder / "m"):
+      return code
+    adapter = folder / "m" / "adapter"
+    found = dict(_read(folder / "e" / "results.json", config)) | evaluate_pair(config, sampler, adapter)
+    results |= found | {f"{k}/round{index}": v for k, v in found.items()}
+  contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  print(report.results_table({k: v for k, v in results.items() if "/round" not in k}))
+  print(f"{workdir}: results.json, round0/ to round{config.em.num_rounds - 1}/", flush=True)
+  return 0

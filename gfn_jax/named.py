@@ -1,0 +1,32 @@
+"""A user's own Python objects, by name."""
+
+import importlib
+import importlib.util
+import pathlib
+from typing import Any
+
+
+def load_named(name: str) -> Any:
+  """What "package.module:name" or "path/to/file.py:name" names.
+
+  Raises:
+    ValueError: there is no such thing.
+  """
+  where, _, attribute = name.rpartition(":")
+  if not where or not attribute:
+    raise ValueError(f"{name!r} names nothing: it must read as package.module:name or path/to/file.py:name")
+  try:
+    if where.endswith(".py"):
+      path = pathlib.Path(where)
+      if not path.is_file():
+        raise ValueError(f"{name!r}: there is no file {where}")
+      spec = importlib.util.spec_from_file_location(path.stem, path)
+      module = importlib.util.module_from_spec(spec)
+      spec.loader.exec_module(module)
+    else:
+      module = importlib.import_module(where)
+  except ImportError as e:
+    raise ValueError(f"{name!r} cannot be imported: {e}") from None
+  if not hasattr(module, attribute):
+    raise ValueError(f"{name!r}: {where} has no {attribute!r}")
+  return getattr(module, attribute)
