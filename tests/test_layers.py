@@ -15,6 +15,7 @@ LAYERS = (
   ("models",),
   ("policy",),
   ("sampler", "rewards"),
+  ("beam_search",),
   ("task",),
   ("datasets",),
   ("tasks",),
