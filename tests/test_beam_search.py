@@ -94,12 +94,12 @@ def plain_search(
 
 
 CASES = {
-  # (num_beams, num_groups, diversity_penalty, length_penalty, min_length)
+  # (family, num_beams, num_groups, diversity_penalty, length_penalty, min_length)
   "greedy": ("gptj", 1, 1, 0.0, 0.0, 0),
   "beams": ("gptj", 5, 1, 0.0, 0.0, 0),
   "learned positions": ("gpt2", 4, 1, 0.0, 0.0, 1),
   "sliding window": ("mistral", 4, 1, 0.0, 0.0, 0),
-  "length penalty": ("gptj", 4, 1, 0.0, 1.0, 2),
+  "length penalty": ("mistral", 5, 1, 0.0, 0.4, 1),
   "groups": ("gptj", 6, 3, 0.7, 0.0, 0),
   "groups of one": ("gpt2", 4, 4, 1.0, 0.0, 0),
   "groups with a length penalty": ("mistral", 6, 2, 2.5, 0.6, 3),
@@ -146,28 +146,32 @@ def test_equals_transformers(tmp_path, masked):
   """Ragged prompts; a vocabulary that is renormalised, or a minimum length, which renormalises nothing."""
   torch = pytest.importorskip("torch")
   theirs = torch_model(tiny_hf_config("gptj"), seed=3)
+  with torch.no_grad():
+    theirs.lm_head.bias[STOP] += 2.5 if masked else 4.0  # some stop early
   theirs.save_pretrained(tmp_path)
   ours = load_pretrained(str(tmp_path))
-  vocab_size, n, max_length = ours.config.vocab_size, 5, 7
+  vocab_size, n, max_length, length_penalty = ours.config.vocab_size, 5, 7, 0.0 if masked else 0.3
   allowed = np.isin(np.arange(vocab_size), VOCABULARY) | (not masked)
   tokens, mask = pad_left(PROMPTS)
   if masked:
-    # Left out they are -inf, which a group of 10 candidates never reaches among 9 tokens and more.
     only = {"suppress_tokens": np.flatnonzero(~allowed).tolist(), "renormalize_logits": True}
   else:
     only = {"min_new_tokens": 2}
   out = theirs.generate(
     input_ids=torch.tensor(tokens, dtype=torch.long), attention_mask=torch.tensor(mask, dtype=torch.long),
     num_beams=n, num_return_sequences=n, do_sample=False, max_new_tokens=max_length + 1, eos_token_id=STOP,
-    pad_token_id=STOP, forced_eos_token_id=STOP, length_penalty=0.0, early_stopping="never", output_scores=True,
+    pad_token_id=STOP, forced_eos_token_id=STOP, length_penalty=length_penalty, early_stopping="never",
+    output_scores=True,
     return_dict_in_generate=True, **only,
   )  # fmt: skip
   z = search(
-    ours, allowed_tokens=allowed, max_length=max_length, min_length=0 if masked else 2, num_beams=n, num_returned=n
-  )
+    ours, allowed_tokens=allowed, max_length=max_length, min_length=0 if masked else 2, num_beams=n, num_returned=n,
+    length_penalty=length_penalty,
+  )  # fmt: skip
   written = [row[: row.index(STOP)] for row in (r + [STOP] for r in out.sequences[:, tokens.shape[1] :].tolist())]
   assert strings(z) == [tuple(row) for row in written]
-  np.testing.assert_allclose(z.log_q, out.sequences_scores.numpy(), rtol=0, atol=1e-4)
+  score = z.log_q / (z.length + 1) ** length_penalty
+  np.testing.assert_allclose(score, out.sequences_scores.numpy(), rtol=0, atol=1e-4)
   assert len(set(z.length)) > 2
 
 
