@@ -115,8 +115,8 @@ class Task(TextCodec):
     raise ValueError(f"config.replay.seed_from 'inverse_prompt': the {self.name} task has no inverse prompt")
 
   def first_words(self, tokens: Sequence[int]) -> list[int]:
-    """What of a text stands before the first token that is no word or number."""
-    return list(itertools.takewhile(lambda t: self.decode([t]).strip().isalnum(), tokens))
+    """What of a text stands before the first token that is no word, number or space."""
+    return list(itertools.takewhile(lambda t: (self.decode([t]).strip(" ") or "a").isalnum(), tokens))
 
   def example_of(self, prompt: str) -> Example:
     """The example that a user's prompt makes. Raises ValueError for a prompt that is none of the task's."""
