@@ -42,6 +42,7 @@ PACKAGES = {
     ("gguf", "lora", "partition"),
     ("decoder",),
     ("prefix", "hf"),
+    ("bert",),
     ("__init__",),
   ),
   "plots": (("figure",), ("curves", "numbers"), ("__init__",)),
@@ -49,7 +50,7 @@ PACKAGES = {
   "tasks": (("arith", "rng"), ("__init__",)),
   "evaluators": (
     ("__init__",),
-    ("evaluator", "records"),
+    ("bertscore", "diversity", "evaluator", "records"),
     ("scoring",),
     ("accuracy", "numbers", "posterior"),
     ("suite",),
