@@ -134,6 +134,9 @@ def test_batches_hold_every_row_once_or_as_filling():
   lengths = [3, 40, 17, 2, 16, 5, 90]
   found = list(batches(lengths, 3, 64 + 26))
   assert [(ids.tolist(), width) for ids, width in found] == [([3, 0, 5], 16), ([4, 2, 1], 64), ([6, 6, 6], 90)]
+  found = list(batches([3, 20, 2], 64, 24))
+  assert [(ids.tolist(), width) for ids, width in found] == [([2, 0, 1, 1], 24)]
+  assert list(batches([], 64, 24)) == []
   tokens, mask = pad([[7, 8], [9]], 3)
   assert tokens.tolist() == [[7, 8, 0], [9, 0, 0]] and mask.tolist() == [[True, True, False], [True, False, False]]
 

@@ -198,7 +198,7 @@ def hub(tmp_path_factory):
   others = {
     "pytorch_model.bin": b"never", "pytorch_model.bin.index.json": b"{}", "model.pt": b"never", "tf_model.h5": b"never",
     "onnx/config.json": b"never", "onnx/model.safetensors": b"never", "original/consolidated.00.pth": b"never",
-    "1_Pooling/config.json": b"{}", "2_Dense/config.json": b"never", "1_Dense/model.safetensors": b"never",
+    "1_Pooling/config.json": b"{ }", "2_Dense/config.json": b"never", "1_Dense/model.safetensors": b"never",
     "modeling_evil.py": b"never", ".gitattributes": b"never", "README.md": b"---\nlicense: mit\n---\n",
   }  # fmt: skip
   tensors = safetensors.numpy.load(weights)

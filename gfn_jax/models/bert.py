@@ -333,16 +333,22 @@ def batches(lengths: Sequence[int], batch_size: int, longest: int) -> Iterator[t
 
   Args:
     lengths: of all rows, at most `longest`.
-    batch_size: B.
+    batch_size: B; a power of two where that holds all rows and is smaller.
     longest: the widest that a batch may be.
 
   Yields:
-    (ids of B rows, the width that they are to have: a power of two or `longest`). The last ids are repeated to make B.
+    (ids of B rows, the width that they are to have: a power of two or `longest`). The last id is repeated to make B.
   """
   order = np.argsort(lengths, kind="stable")
+  batch_size = min(batch_size, _power_of_two(len(order)))
   for begin in range(0, len(order), batch_size):
     ids = order[np.minimum(np.arange(begin, begin + batch_size), len(order) - 1)]
-    yield ids, min(max(16, 1 << (int(lengths[ids[-1]]) - 1).bit_length()), longest)
+    yield ids, min(max(16, _power_of_two(int(lengths[ids[-1]]))), longest)
+
+
+def _power_of_two(n: int) -> int:
+  """The first that is not below n."""
+  return 1 << max(n - 1, 0).bit_length()
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> tuple[Int[np.ndarray, "B N"], Bool[np.ndarray, "B N"]]:
