@@ -198,6 +198,7 @@ def hub(tmp_path_factory):
   others = {
     "pytorch_model.bin": b"never", "pytorch_model.bin.index.json": b"{}", "model.pt": b"never", "tf_model.h5": b"never",
     "onnx/config.json": b"never", "onnx/model.safetensors": b"never", "original/consolidated.00.pth": b"never",
+    "1_Pooling/config.json": b"{ }", "2_Dense/config.json": b"never", "1_Dense/model.safetensors": b"never",
     "modeling_evil.py": b"never", ".gitattributes": b"never", "README.md": b"---\nlicense: mit\n---\n",
   }  # fmt: skip
   tensors = safetensors.numpy.load(weights)
@@ -244,9 +245,9 @@ def test_a_repository_of_the_hub_is_loaded(hub):
 
 def test_only_what_is_needed_is_fetched(hub):
   _, requests = hub
-  assert fetched(requests, "owner/single") == {"README.md", "config.json", "pytorch_model.bin.index.json"} | {
-    "model.safetensors"
-  }
+  assert fetched(requests, "owner/single") == {
+    "README.md", "config.json", "1_Pooling/config.json", "pytorch_model.bin.index.json", "model.safetensors",
+  }  # fmt: skip
   assert {n for n in fetched(requests, "owner/sharded") if "model" in n} == {
     "model.safetensors.index.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
     "pytorch_model.bin.index.json",

@@ -44,6 +44,7 @@ PACKAGES = {
     ("gguf", "lora", "partition"),
     ("decoder",),
     ("prefix", "hf"),
+    ("bert",),
     ("__init__",),
   ),
   "plots": (("figure",), ("curves", "numbers"), ("__init__",)),
@@ -56,7 +57,7 @@ PACKAGES = {
   "tasks": (("arith", "infill", "jsonl", "next_sentence", "rng", "subj"), ("__init__",)),
   "evaluators": (
     ("__init__",),
-    ("evaluator", "records"),
+    ("bertscore", "diversity", "evaluator", "records"),
     ("scoring",),
     ("accuracy", "labels", "numbers", "posterior", "texts"),
     ("suite",),

@@ -5,7 +5,7 @@ decoder never asks for a family; it reads a `ModelConfig`.
 """
 
 from collections import UserDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 from typing import Any
 
@@ -425,23 +425,47 @@ def read_config(hf_config: Mapping[str, Any]) -> ModelConfig:
   family = hf_config.get("model_type")
   if not isinstance(family, str) or family not in ARCHITECTURES:
     raise ValueError(f"model_type {family!r} is not supported: choose one of {', '.join(ARCHITECTURES)}")
+  architecture = ARCHITECTURES[family]
+  config = read_options(
+    hf_config, architecture.read_config, defaults=architecture.defaults,
+    required={**architecture.required, "is_causal": (True, None)}, ignored=architecture.ignored,
+  )  # fmt: skip
+  _check_sizes(config)
+  return config
+
+
+def read_options(
+  hf_config: Mapping[str, Any],
+  read: Callable[[Mapping[str, Any]], Any],
+  *,
+  defaults: Mapping[str, Any],
+  required: Mapping[str, tuple[Any, ...]],
+  ignored: Iterable[str],
+) -> Any:
+  """What `read` makes of config.json, if every option in it is honoured.
+
+  Args:
+    read, defaults, required, ignored: as in `Architecture`.
+
+  Raises:
+    ValueError: an option that is neither read, required nor known to change nothing, or a missing field; named.
+  """
+  family = hf_config["model_type"]
   if hf_config.get("auto_map"):
     raise ValueError("config.json asks for Python code of its own (auto_map, trust_remote_code), which is never run")
-  architecture = ARCHITECTURES[family]
-  for option, allowed in {**architecture.required, "is_causal": (True, None)}.items():
+  for option, allowed in required.items():
     if hf_config.get(option, allowed[0]) not in allowed:
       raise ValueError(
         f"{family} option {option}={hf_config[option]!r} is not supported: must be {' or '.join(map(repr, allowed))}"
       )
-  options = _Options({**architecture.defaults, **hf_config})
+  options = _Options({**defaults, **hf_config})
   try:
-    config = architecture.read_config(options)
+    config = read(options)
   except KeyError as e:
     raise ValueError(f"config.json of a {family} model lacks the field {e.args[0]!r}") from None
   except (TypeError, ZeroDivisionError) as e:
     raise ValueError(f"config.json of a {family} model holds a value of the wrong kind: {e}") from None
-  _check_sizes(config)
-  known = options.read | _IGNORED | {"is_causal", *architecture.required, *architecture.ignored}
+  known = options.read | _IGNORED | {*required, *ignored}
   for option, value in hf_config.items():
     if value and option not in known and not option.startswith(_IGNORED_PREFIXES):  # what is off changes nothing
       raise ValueError(f"{family} option {option}={str(value)[:80]} is not supported")

@@ -23,7 +23,7 @@ from gfn_jax.models.gguf import read_gguf
 from gfn_jax.models.hub import find_model
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.quantization import QUANTIZATIONS, quantize
-from gfn_jax.models.weights import Tensors, read_tensors
+from gfn_jax.models.weights import Tensors, check_fit, read_tensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -149,21 +149,20 @@ def _load_params(
     else:
       stack = params.pop(path) if path in params else _empty_stack(tensor, config.num_layers, sharding)
       params[path] = _write_layer(stack, tensor, layer)
-  problems = [
-    f"{what}: {', '.join(sorted(names)[:5])}{' ...' if len(names) > 5 else ''}"
-    for what, names in (("missing", missing), ("surplus", surplus), ("mis-shaped", misshaped))
-    if names
-  ]
-  if problems:
-    raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(problems)}")
+  check_fit(source, missing, surplus, misshaped)
   return flax.traverse_util.unflatten_dict(params, sep=".")
 
 
 _GENERAL_TOKENIZERS = ("PreTrainedTokenizerFast", "TokenizersBackend")  # before and since transformers 5
 
 
-def _load_tokenizer(folder: pathlib.Path) -> Any:
-  if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "tokenizer.model")):
+def load_tokenizer(folder: pathlib.Path) -> Any:
+  """The tokenizer of a checkpoint folder; None where it has none.
+
+  Raises:
+    ValueError: one that is damaged or not supported.
+  """
+  if not any((folder / f).is_file() for f in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model")):
     return None
   import transformers  # seconds to import, and only tokenizers need it
 
@@ -219,7 +218,7 @@ def load_pretrained(
   else:
     if not (source / "config.json").is_file():
       raise ValueError(f"{source} has no config.json")
-    hf_config, tokenizer, licence = read_json(source / "config.json"), _load_tokenizer(source), _read_licence(source)
+    hf_config, tokenizer, licence = read_json(source / "config.json"), load_tokenizer(source), _read_licence(source)
     naming, tensors = read_tensors(source)
   config = read_config(hf_config)
   params = _load_params(naming, tensors, source, config, dtype, quantization, shardings)

@@ -9,7 +9,7 @@ EMBEDDED_PREFIX = "embedded/"  # models that ship with the package
 _TEXTS = ["README.md", "*.json", "*.txt", "*.model", "*.jinja"]
 # In this order; the first that a repository has is taken, so that nothing is fetched twice in two formats.
 _WEIGHTS = (["model.safetensors", "model-*.safetensors"], ["flax_model.msgpack", "flax_model-*.msgpack"])
-_SUBFOLDERS = ["*/*"]
+_SUBFOLDERS = ["[!1]*/*"]  # but for 1_Pooling, whose config.json tells how a sentence encoder pools
 
 
 def find_model(name: str | os.PathLike, revision: str | None = None, *, weights: bool = True) -> pathlib.Path:

@@ -1,6 +1,6 @@
 """The tensors of a checkpoint folder, one at a time: safetensors or Flax's msgpack, single or sharded."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import mmap
 import pathlib
 from typing import Any
@@ -37,6 +37,17 @@ def read_tensors(folder: pathlib.Path) -> tuple[str, Tensors]:
       "transformers' save_pretrained writes safetensors"
     )
   raise ValueError(f"{folder} has no weights: {needed}")
+
+
+def check_fit(source: pathlib.Path, missing: Iterable[str], surplus: Iterable[str], misshaped: Iterable[str]) -> None:
+  """Raises ValueError where tensors are missing, surplus or mis-shaped; a few of each kind are named."""
+  problems = [
+    f"{what}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+    for what, names in (("missing", sorted(missing)), ("surplus", sorted(surplus)), ("mis-shaped", sorted(misshaped)))
+    if names
+  ]
+  if problems:
+    raise ValueError(f"the weights in {source} do not fit its config.json: {'; '.join(problems)}")
 
 
 def _shards(index: pathlib.Path) -> list[pathlib.Path]:
