@@ -32,6 +32,7 @@ def get_config(variant: str = ""):
     "bertscore_layer": 17,
     "judge_url": unset(str),  # of an OpenAI-compatible endpoint; None leaves the judge out
     "judge_model": "gpt-4",
+    "judge_cache": unset(str),  # a file of ratings made before
     "judge_samples": 10,  # infills a story that are judged
   })  # fmt: skip
   config.model.name, config.data.path = smollm2(), "embedded"

@@ -47,7 +47,7 @@ PACKAGES = {
     ("bert",),
     ("__init__",),
   ),
-  "plots": (("figure",), ("curves", "numbers"), ("__init__",)),
+  "plots": (("figure",), ("curves", "frontier", "numbers"), ("__init__",)),
   "datasets": (
     ("__init__",),
     ("expressions", "sentences", "sources", "prepared"),
@@ -57,9 +57,9 @@ PACKAGES = {
   "tasks": (("arith", "infill", "jsonl", "next_sentence", "rng", "subj"), ("__init__",)),
   "evaluators": (
     ("__init__",),
-    ("bertscore", "diversity", "evaluator", "records"),
+    ("bertscore", "diversity", "evaluator", "judge", "overlap", "records"),
     ("scoring",),
-    ("accuracy", "labels", "numbers", "posterior", "texts"),
+    ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
     ("suite",),
   ),
 }

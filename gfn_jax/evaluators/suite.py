@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
 from gfn_jax.evaluators.evaluator import Evaluator, Parts
+from gfn_jax.evaluators.infills import Infills
 from gfn_jax.evaluators.labels import Direct, Reasons
 from gfn_jax.evaluators.numbers import Histogram, Numbers
 from gfn_jax.evaluators.posterior import posterior_quality
+from gfn_jax.evaluators.sentences import Sentences
 from gfn_jax.evaluators.texts import Texts
 from gfn_jax.models import Lora
 
@@ -18,8 +20,10 @@ EVALUATORS: dict[str, type[Evaluator]] = {
   "accuracy": Accuracy,
   "direct": Direct,
   "histogram": Histogram,
+  "infills": Infills,
   "numbers": Numbers,
   "reasons": Reasons,
+  "sentences": Sentences,
   "texts": Texts,
 }
 POSTERIOR_CALLS = 4  # of the sampler, for the posterior's quality

@@ -4,9 +4,13 @@ import os
 import pathlib
 
 from gfn_jax.plots.curves import plot_curves
+from gfn_jax.plots.frontier import plot_frontier
 from gfn_jax.plots.numbers import plot_numbers
 
-TASK_PLOTS = {"rng": plot_numbers}  # beside the curves, which every task has
+TASK_PLOTS = {  # beside the curves, which every task has
+  "next_sentence": lambda workdir: plot_frontier([workdir], workdir / "plots" / "frontier.png"),
+  "rng": plot_numbers,
+}
 
 
 def plot_run(workdir: str | os.PathLike, task: str) -> list[pathlib.Path]:

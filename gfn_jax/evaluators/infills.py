@@ -1,0 +1,64 @@
+"""How good infilled sentences are (paper section 4.2, Table 2)."""
+
+from collections.abc import Callable, Iterator
+
+import jax
+import numpy as np
+
+from gfn_jax.data import query_table
+from gfn_jax.evaluators.bertscore import bert_score
+from gfn_jax.evaluators.evaluator import Evaluator, Problems
+from gfn_jax.evaluators.judge import Judge
+from gfn_jax.evaluators.overlap import bleu4, gleu4
+from gfn_jax.evaluators.records import sample_records
+from gfn_jax.models import Lora, load_encoder
+
+SHOWN = 4  # stories whose first infill is recorded
+
+
+class Infills(Evaluator):
+  """Draws config.eval.num_votes sentences a story, and compares them with the story's own."""
+
+  def __init__(self, parts, context=()):
+    super().__init__(parts, context)
+    self._draw = self._sampler().draw
+    c = parts.config.infill
+    self._bert = None if c.bertscore_model is None else load_encoder(c.bertscore_model)
+    self._judge = None if c.judge_url is None else Judge(c.judge_url, c.judge_model, cache=c.judge_cache)
+
+  def __call__(
+    self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> Iterator[tuple[str, float]]:
+    """Yields `bleu4` and `gleu4` (per cent), `log_reward` (nats, a sample's mean); and, where the config names a model,
+    `bertscore` (F1), `coherence` (1 to 5) and `coherence_missing` (the share of stories that got no rating)."""
+    parts, task, settings = self._parts, self._parts.task, self._parts.config.eval
+    c, n = parts.config.infill, settings.num_votes
+    examples = [e for kind in problems.values() for e in kind]
+    reserved = settings.max_length + len(self._context)
+    queries = query_table(examples, task, parts.pretrained.config.max_positions, reserved)
+    z = self._draw(
+      lora, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=settings.temperature, key=key,
+      on_round=on_round,
+    )  # fmt: skip
+    records = sample_records(task, parts.reward, queries, z)
+    self.samples = records[: SHOWN * n : n]
+    yield "log_reward", float(np.mean([r["log_R"] for r in records]))
+    texts = [r["Z"].strip() + "." for r in records]
+    candidates = [texts[i : i + n] for i in range(0, len(texts), n)]
+    references = [f"{e.answer}." for e in examples]
+    yield "bleu4", bleu4(candidates, references)
+    yield "gleu4", gleu4(candidates, references)
+    if self._bert is not None:
+      beside = [reference for reference in references for _ in range(n)]
+      yield "bertscore", float(np.mean(bert_score(self._bert, texts, beside, num_layers=c.bertscore_layer).f1))
+    if self._judge is not None:
+      shown = [
+        f"{e.reward_prompt} {text} {e.target.removeprefix('. ')}".strip()
+        for e, found in zip(examples, candidates)
+        for text in found[: c.judge_samples]
+      ]
+      ratings = self._judge.rate(shown)
+      known = [r for r in ratings if r is not None]
+      yield "coherence_missing", 1 - len(known) / len(ratings)
+      if known:
+        yield "coherence", float(np.mean(known))
