@@ -90,7 +90,7 @@ class Judge:
     except ImportError:
       raise ValueError("the judge needs the package openai: pip install 'gfn_jax[judge]'") from None
     if not os.environ.get(api_key_env):
-      raise ValueError(f"the judge needs a key in the environment variable {api_key_env} (any text, if it asks for none)")
+      raise ValueError(f"the judge needs a key in the environment variable {api_key_env} (any text, if it asks none)")
     self._openai, self._model, self._url = openai, model, base_url
     self._client = openai.OpenAI(
       base_url=base_url, api_key=os.environ[api_key_env], timeout=timeout, max_retries=max_retries
