@@ -1,16 +1,24 @@
-"""The coherence of stories as a language model rates it (paper, appendix C), over an OpenAI-compatible endpoint."""
+"""A language model as judge of stories: the coherence rating of the paper's appendix C, after G-Eval.
+
+Any endpoint that speaks OpenAI's chat completions will do: OpenAI's own, or a local vLLM, llama.cpp or Ollama.
+"""
 
 from collections.abc import Sequence
-import concurrent.futures
+from concurrent.futures import ThreadPoolExecutor, as_completed
 import hashlib
 import json
 import os
 import pathlib
 import re
 import threading
+from typing import Any
+from urllib.parse import urlsplit
 
-# The paper's prompt, to the letter.
-PROMPT = """You will be given a short story.
+from gfn_jax.files import write_text
+
+# The paper's, to the letter: its second example does lack a colon, and does break off in the middle of a sentence.
+PROMPT = """\
+You will be given a short story.
 Your task is to rate the story on one metric.
 Please make sure you read and understand these instructions
 carefully. Please keep this document open while reviewing,
@@ -45,97 +53,213 @@ memories with
 His decision made him happy and he no longer felt sad.
 - Coherence 1
 Story:
-{story}
+{{Story}}
 Evaluation Form (scores ONLY):
 - Coherence:"""
 
-# A rating stands alone, or behind its name, or over 5: "4", "- Coherence: 4", "4/5".
-_RATING = re.compile(r"(?:-?\s*coherence\s*:?\s*)?([1-5](?:\.\d+)?)(?:\s*/\s*5)?\s*\.?\s*", re.IGNORECASE)
-ATTEMPTS = 3  # of a request whose replies hold no rating
-CONCURRENCY = 4
+LOWEST, HIGHEST = 1, 5
+MAX_REPLIES = 3  # to one story, until one holds a rating
+TEMPERATURE = 1.0  # G-Eval's, and the only one that reasoning models take; at 0 asking again would be of no use
+
+# "4", "4.5", "4/5" or "4 out of 5", but neither the 4 of "4/10" and "4-5" nor that of "42", "4.x" and "4th".
+_OF_FIVE = r"(?: *+(?:/|out of) *+5(?!\.?[0-9]))?+"
+_NUMBER = rf"([0-9]++(?:\.[0-9]++)?+){_OF_FIVE}(?![\w%]|\.\w|,[0-9]| *+(?:/|-|–|to\b|or\b|out of) *+[0-9])"
+_LABELLED = re.compile(rf"\bcoherence(?: ++(?:score|rating)\b)?+(?: *+\(1-5\))?+[ \t*_:=]*+{_NUMBER}", re.IGNORECASE)
+_FIRST_LINE = re.compile(rf"\s*+(?:- ++)?+[*_]*+{_NUMBER}[*_.]*+[ \t\r]*+(?:\n|\Z)")
 
 
 def parse_rating(reply: str) -> float | None:
-  """The rating from 1 to 5 that a reply consists of; None where it is anything else."""
-  match = _RATING.fullmatch(reply.strip())
-  rating = None if match is None else float(match.group(1))
-  return rating if rating is not None and rating <= 5 else None
+  """The rating that a judge's reply holds, from 1 to 5, or None.
+
+  It stands behind the word "Coherence", with any text around, or alone on the first line, where the prompt's form asks
+  for it. Nothing is guessed: other numbers, numbers out of range and ratings that contradict each other are no rating.
+  """
+  first_line = _FIRST_LINE.match(reply)
+  found = {float(n) for n in _LABELLED.findall(reply) + ([first_line[1]] if first_line else [])}
+  rating = found.pop() if len(found) == 1 else None
+  return rating if rating is not None and LOWEST <= rating <= HIGHEST else None
+
+
+def mean_rating(ratings: Sequence[float | None]) -> tuple[float, int]:
+  """The mean over the ratings that there are, and how many are missing: to be told together.
+
+  With as many samples of each story, this is the paper's mean over samples and then over stories.
+
+  Raises:
+    ValueError: there is no rating.
+  """
+  given = [r for r in ratings if r is not None]
+  if not given:
+    raise ValueError(f"none of {len(ratings)} stories has a rating")
+  return sum(given) / len(given), len(ratings) - len(given)
 
 
 class Judge:
-  """Asks a model to rate stories.
+  """Asks a model for the coherence of stories.
+
+  A text is judged once: equal texts share a rating. With a cache file this holds over processes, so that an evaluation
+  that was killed goes on where it was. Texts without a rating are kept in it too, with the replies that they got.
 
   Args:
-    base_url: of the endpoint, as "https://api.openai.com/v1". model: its name there.
-    api_key_env: the environment variable with the key; the key itself is never shown.
-    cache: a JSON-lines file of ratings made before: none is asked, or paid, twice.
-    timeout: seconds a request. max_retries: of a request that the endpoint could not serve.
+    base_url: of the endpoint, what stands before /chat/completions: "https://api.openai.com/v1".
+    model: as the endpoint calls it.
+    api_key_env: the environment variable that holds the key; any text where the endpoint asks for none. The key goes
+      to the endpoint alone: no message and no file has it.
+    cache: a JSON-lines file, a record {"request", "model", "story", "rating", "replies"} a text; None keeps nothing.
+    max_concurrency: requests under way at a time.
+    max_retries: of a request that met a full or failing server, with the openai package's growing pauses.
+    timeout: seconds until a request without an answer counts as failed.
+    max_tokens: of a reply; None sets no limit, for models that think first.
 
   Raises:
-    ValueError: the package openai or the key is missing.
+    ValueError: the openai package, the key or the URL is missing or malformed, or the cache is damaged; named.
+    OSError: the cache cannot be written.
   """
 
   def __init__(
     self,
     base_url: str,
     model: str,
-    *,
     api_key_env: str = "OPENAI_API_KEY",
+    *,
     cache: str | os.PathLike | None = None,
+    max_concurrency: int = 8,
+    max_retries: int = 5,
     timeout: float = 60.0,
-    max_retries: int = 4,
+    max_tokens: int | None = 64,
   ):
     try:
       import openai
     except ImportError:
-      raise ValueError("the judge needs the package openai: pip install 'gfn_jax[judge]'") from None
-    if not os.environ.get(api_key_env):
-      raise ValueError(f"the judge needs a key in the environment variable {api_key_env} (any text, if it asks none)")
-    self._openai, self._model, self._url = openai, model, base_url
-    self._client = openai.OpenAI(
-      base_url=base_url, api_key=os.environ[api_key_env], timeout=timeout, max_retries=max_retries
-    )
+      raise ValueError("the judge needs the openai package: pip install 'gfn_jax[judge]'") from None
+    if max_concurrency < 1 or max_retries < 0 or timeout <= 0:
+      raise ValueError(
+        f"max_concurrency {max_concurrency}, max_retries {max_retries}, timeout {timeout:g}: must be at least 1, at "
+        "least 0 and above 0"
+      )
+    self._url, self._model, self._key_env = _checked_url(base_url), model, api_key_env
+    self._key = os.environ.get(api_key_env, "").strip()
+    if not self._key:
+      raise ValueError(
+        f"the judge's key is missing: set the environment variable {api_key_env} (any text where none is asked for)"
+      )
+    if not (self._key.isascii() and self._key.isprintable()):  # the client's error would show it
+      raise ValueError(f"the judge's key, in the environment variable {api_key_env}, must be one line of ASCII")
+    self._max_concurrency, self._max_retries, self._timeout = max_concurrency, max_retries, timeout
+    self._settings = {"model": model, "temperature": TEMPERATURE}
+    if max_tokens is not None:
+      self._settings["max_tokens"] = max_tokens
     self._cache = None if cache is None else pathlib.Path(cache)
-    self._known: dict[str, float] = {}
+    self._known = {} if self._cache is None else _read_cache(self._cache)
     self._lock = threading.Lock()
-    if self._cache is not None and self._cache.exists():
-      for line in self._cache.read_text(encoding="utf-8").splitlines():
-        try:
-          record = json.loads(line)
-          self._known[record["request"]] = record["rating"]
-        except (ValueError, KeyError, TypeError):
-          continue  # a line that a kill cut short
+    self._openai = openai
+    self._client = openai.OpenAI(base_url=self._url, api_key=self._key, timeout=timeout, max_retries=max_retries)
 
   def rate(self, stories: Sequence[str]) -> list[float | None]:
-    """A rating from 1 to 5 for each story; None where no reply of ATTEMPTS held one.
+    """The rating of each story, from 1 to 5; None for one that got none in MAX_REPLIES replies.
+
+    How many those are is printed.
+
+    Args:
+      stories: whole, infill included.
 
     Raises:
-      ValueError: the endpoint refuses the key, or cannot be reached.
+      ValueError: the endpoint refuses the key or the request, or is none; in one line.
+      OSError: it cannot be reached, keeps failing, or does not answer in time. Ratings that came before are kept.
     """
-    with concurrent.futures.ThreadPoolExecutor(CONCURRENCY) as pool:
-      return list(pool.map(self._rate, stories))
+    if isinstance(stories, str):
+      raise ValueError(f"stories is the text {stories[:60]!r}: must be a list of texts")
+    keys = [self._request_hash(s) for s in stories]
+    pending = {k: s for k, s in zip(keys, stories) if k not in self._known}
+    pool = ThreadPoolExecutor(self._max_concurrency)
+    try:
+      for done in as_completed([pool.submit(self._rate_one, k, s) for k, s in pending.items()]):
+        done.result()
+    finally:  # after a failure too: what is under way is paid, and kept
+      pool.shutdown(cancel_futures=True)
+    ratings = [self._known[k] for k in keys]
+    if missing := ratings.count(None):
+      print(f"judge {self._model}: {missing} of {len(ratings)} stories have no rating: no reply held one", flush=True)
+    return ratings
 
-  def _rate(self, story: str) -> float | None:
-    prompt = PROMPT.format(story=story)
-    request = hashlib.sha256(f"{self._model}\n{prompt}".encode()).hexdigest()
-    if request in self._known:
-      return self._known[request]
-    for _ in range(ATTEMPTS):
-      try:
-        reply = self._client.chat.completions.create(model=self._model, messages=[{"role": "user", "content": prompt}])
-      except self._openai.AuthenticationError:
-        raise ValueError(f"the judge at {self._url} refuses the key") from None
-      except self._openai.APIError as e:
-        raise ValueError(f"the judge at {self._url} does not answer: {type(e).__name__}") from None
-      rating = parse_rating(reply.choices[0].message.content or "")
-      if rating is not None:
-        self._remember(request, rating)
-        return rating
-    return None
+  def _request(self, story: str) -> dict[str, Any]:
+    return {**self._settings, "messages": [{"role": "user", "content": PROMPT.replace("{{Story}}", story)}]}
 
-  def _remember(self, request: str, rating: float) -> None:
+  def _request_hash(self, story: str) -> str:
+    text = json.dumps({"url": self._url, **self._request(story)}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def _rate_one(self, key: str, story: str) -> None:
+    rating, replies = None, []
+    while rating is None and len(replies) < MAX_REPLIES:
+      replies.append(self._ask(story))
+      rating = parse_rating(replies[-1])
+    record = {"request": key, "model": self._model, "story": story, "rating": rating, "replies": replies}
     with self._lock:
-      self._known[request] = rating
+      self._known[key] = rating
       if self._cache is not None:
         with self._cache.open("a", encoding="utf-8") as file:
-          file.write(json.dumps({"request": request, "rating": rating}) + "\n")
+          file.write(json.dumps(record) + "\n")
+
+  def _ask(self, story: str) -> str:
+    """The model's reply; what goes wrong becomes one line without the key."""
+    openai, where = self._openai, f"the judge at {self._url}"
+    try:
+      completion = self._client.chat.completions.create(**self._request(story))
+    except openai.AuthenticationError as e:
+      # Not what the server says: it may quote a part of the key.
+      raise ValueError(f"{where} refuses the key in {self._key_env} (HTTP {e.status_code})") from None
+    except openai.APITimeoutError:
+      tries = f"in {self._max_retries + 1} tries"
+      raise TimeoutError(f"{where} does not answer within {self._timeout:g} s, {tries}") from None
+    except openai.APIConnectionError as e:
+      raise ConnectionError(f"{where} cannot be reached: {self._clean(e.__cause__ or e)}") from None
+    except openai.APIStatusError as e:
+      if e.code == "content_filter":  # Azure's, of one story: it has no rating
+        return ""
+      passing = e.status_code == 429 or e.status_code >= 500  # as opposed to the user's slip
+      error = ConnectionError if passing else ValueError
+      raise error(f"{where}, model {self._model!r}: HTTP {e.status_code}: {self._clean(e.message)}") from None
+    except (openai.OpenAIError, ValueError):  # such as what is no JSON
+      completion = None
+    choices = getattr(completion, "choices", None)
+    message = choices[0].message if choices else None
+    if message is None:
+      raise ValueError(f"{where} does not answer with a chat completion: must its URL end in /v1?")
+    return message.content or ""
+
+  def _clean(self, error: object) -> str:
+    """An error of the server's as one line of bounded length, without the key."""
+    return " ".join(str(error).replace(self._key, "***").split())[:300]
+
+
+def _checked_url(base_url: str) -> str:
+  try:
+    url = urlsplit(base_url)
+    right = url.scheme in ("http", "https") and url.hostname and url.username is None and url.port != 0
+  except ValueError:  # a port that is no number
+    right = False
+  if not right:
+    shown = base_url.rpartition("@")[2]  # what stands before it may be a password
+    raise ValueError(f"the judge's URL {shown!r}: must be as 'https://api.openai.com/v1', without user and password")
+  return base_url.rstrip("/")
+
+
+def _read_cache(path: pathlib.Path) -> dict[str, float | None]:
+  """Ratings by the hash of their request. A last line that was cut off, by a kill, is dropped from the file."""
+  path.open("a").close()  # that it cannot be written is to be known before anything is paid
+  whole, newline, rest = path.read_text(encoding="utf-8").rpartition("\n")
+  if rest:
+    write_text(path, whole + newline)
+  ratings = {}
+  for number, line in enumerate(whole.split("\n") if newline else [], 1):
+    try:
+      record = json.loads(line)
+      key, rating = record["request"], record["rating"]
+      right = isinstance(key, str) and (rating is None or LOWEST <= rating <= HIGHEST)
+    except (ValueError, KeyError, TypeError):
+      right = False
+    if not right:
+      raise ValueError(f"{path}, line {number}: is no record of a rating")
+    ratings[key] = rating
+  return ratings
