@@ -21,7 +21,7 @@ def test_what_stands_in_a_sentence(text):
 
 @pytest.mark.parametrize(
   "text",
-  ("", ".", " U.S", "\n", " \t", '"', "“", "!", "?", "...", ",,", " http", "www", "A", " Mr", "St", "\ufffd", "<|end|>"),
+  ("", ".", "U.S", "\n", " \t", '"', "“", "!", "?", "...", ",,", " http", "www", "A", " Mr", "St", "\ufffd", "<|end|>"),
 )
 def test_what_breaks_a_sentence(text):
   assert not is_legal(text)
