@@ -18,11 +18,6 @@ RUNS = {  # name -> (arguments, result keys that must be there, plots beside log
     + ["rng/gfn/histogram/valid_share", "rng/gfn/log_partition_lower", "rng/gfn/log_partition_upper"],
     ["numbers.png"],
   ),
-  "rng_poisson": (
-    ["--config=configs/rng.py:smoke", "--config.rng.target=poisson", "--config.rng.parameter=3.5"],
-    ["rng/gfn/kl_q_target"],
-    ["numbers.png"],
-  ),
   "next_sentence": (
     ["--config=configs/next_sentence.py:smoke"],
     [
