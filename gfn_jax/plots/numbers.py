@@ -23,4 +23,5 @@ def plot_numbers(workdir: pathlib.Path) -> list[pathlib.Path]:
     target = {int(r["Z"]): np.exp(r["log_R"]) for r in records}
     ax.plot(*zip(*sorted(target.items())), "k--", linewidth=1, label="target")
     ax.set_yscale("log")
+    ax.xaxis.get_major_locator().set_params(integer=True)
   return [path]
