@@ -16,6 +16,7 @@ from enumeration import (
   STOP,
   FakeTool,
   allowed_tokens,
+  behaviour_probabilities,
   every_z,
   scored,
   strings,
@@ -23,9 +24,10 @@ from enumeration import (
 )
 from gfn_jax.models import LoraConfig, init_lora
 from gfn_jax.parallel import DATA_AXIS, split
+from gfn_jax.rewards import Reward, RewardModel, whole_log_rewards
 from gfn_jax.sampler import Sampler
 from gfn_jax.train import StepSettings, train_step
-from gfn_jax.types import Batch, TrainState
+from gfn_jax.types import Batch, Example, Queries, TrainState
 from testing import tiny_pretrained
 
 MAX_LENGTH = 4
@@ -56,8 +58,22 @@ def compiled_step(loss_name, num_steps):
   )  # fmt: skip
 
 
-def learn(loss_name, num_steps, *, min_length=0, with_tool=False):
-  """Trains an adapter on random rewards.
+def tempered_log_reward(every, temperature):
+  """log p_LM(Z stop | X) / T of every Z, as `rewards.Reward` gives it."""
+  model = RewardModel(
+    base(), context=np.zeros(0, np.int32), allowed_tokens=allowed_tokens(base().config.vocab_size), stop_token_id=STOP
+  )
+  prompt, nothing = np.array([PROMPT], np.int32), np.zeros((1, 1), np.int32)
+  examples = np.array([Example("", None, "", "")], object)
+  queries = Queries(
+    prompt, np.ones(prompt.shape, bool), prompt, np.ones(prompt.shape, bool), nothing, nothing.astype(bool),
+    np.zeros((1, 0, 1), np.int32), np.zeros((1, 0, 1), bool), examples,
+  )  # fmt: skip
+  return whole_log_rewards(Reward(model), queries, every.tokens, every.length).astype(np.float64) / temperature
+
+
+def learn(loss_name, num_steps, *, min_length=0, with_tool=False, temperature=None):
+  """Trains an adapter on random rewards; with a temperature T, on p_LM(Z | X)^(1/T).
 
   Returns:
     (all Z scored by the policy that was learned, R / Z of each, log Z, the loss of the last step, the last state).
@@ -67,6 +83,8 @@ def learn(loss_name, num_steps, *, min_length=0, with_tool=False):
   tool = FakeTool(model.vocab_size) if with_tool else None
   every = every_z(MAX_LENGTH, tool)
   log_reward = 1.5 * np.random.default_rng(0).standard_normal(len(every.length)) - 40.0
+  if temperature is not None:
+    log_reward = tempered_log_reward(every, temperature)
   reward_of = dict(zip(strings(every), log_reward))
   log_partition = np.logaddexp.reduce(log_reward)
 
@@ -122,6 +140,16 @@ def test_subtb_learns_the_posterior(variant):
     short = tree.length < 2
     assert target[short].sum() > 0.03
     np.testing.assert_allclose(np.exp(tree.log_q)[short], target[short], rtol=0.1)
+
+
+def test_subtb_learns_the_tempered_distribution():
+  """p_LM(Z | X)^(1/T) of whole texts, which is not what tempering each token gives."""
+  temperature = 0.6
+  tree, target, *_ = learn("subtb", 450, temperature=temperature)
+  untouched = scored(base(), None, PROMPT, tree)
+  assert distance(untouched, target) > 0.05
+  assert total_variation(behaviour_probabilities(untouched, temperature), target) > 0.05
+  assert distance(tree, target) < 0.01
 
 
 @pytest.mark.slow
