@@ -1,54 +1,80 @@
-"""Where sentences end."""
+"""Next sentences: the vocabulary, and what is measured."""
 
+import jax
+import ml_collections
+import numpy as np
 import pytest
 
-from gfn_jax.datasets import sentences
-from testing import shared_folder
+from gfn_jax.evaluators import sentences
+from gfn_jax.evaluators.evaluator import Parts
+from gfn_jax.evaluators.sentences import Sentences
+from gfn_jax.models import load_pretrained
+from gfn_jax.plots.frontier import points
+from gfn_jax.tasks.next_sentence import NextSentenceTask, is_legal
+from gfn_jax.types import Trajectory
 
-# Written with " | " where a sentence ends.
-MARKED = (
-  "Hello there. | How are you? | Fine!",
-  "Mr. Smith met Dr. Jones and Prof. J. A. Lee. | They talked.",
-  "Rep. Adam Cole (D-Ohio) spoke to Sen. Wu.",
-  "The U.S. Senate voted. | Nobody saw it in the U.S. | The House waited.",
-  "She left at 5 p.m. on Monday. | He stayed until 6 p.m. | But then he left too.",
-  "It rose by 3.5 percent to 1,200.75 dollars. | Then it fell.",
-  "See Fig. 3 and No. 7 for details. | He said no. | She said yes.",
-  "Acme Inc. | The firm was sold.",
-  "Acme Inc. shares fell on Jan. 5 in New York.",
-  "Fruit, e.g. Apples or pears, is cheap. | Roe v. Wade is not about fruit.",
-  '"Stop!" she cried. | "Why?" | He did not know.',
-  'He wrote "the end." | Then he slept.',
-  "He wrote “the end.” | “Is it?” they asked.",
-  "(It was late.) | [So they went.] | Home was far.",
-  "Wait... | Nothing came… | Really?! | Yes.",
-  "Visit example.com. | It is new. | 400 people did.",
-  "École is French. | Élan too.",
-  "He lives in Washington, D.C. | She does not.",
-  "George W. Bush and J. K. Rowling met A. Ng.",
-  "no capital. so no end here",
-  "A heading without an end",
-  "Line one\n  of two. | Next\tline.",
+
+@pytest.mark.parametrize("text", (" a", "word", " The", ",", " 12", "'s", " I", "-", " A", "é"))
+def test_what_stands_in_a_sentence(text):
+  assert is_legal(text)
+
+
+@pytest.mark.parametrize(
+  "text",
+  ("", ".", "U.S", "\n", " \t", '"', "“", "!", "?", "...", ",,", " http", "www", "A", " Mr", "St", "\ufffd", "<|end|>"),
 )
+def test_what_breaks_a_sentence(text):
+  assert not is_legal(text)
 
 
-@pytest.mark.parametrize("marked", MARKED)
-def test_marked_sentences(marked):
-  expected = [" ".join(s.split()) for s in marked.split(" | ")]
-  assert sentences.split(marked.replace(" | ", " ")) == expected
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+  base = load_pretrained("embedded/arith-2m")
+  config = ml_collections.ConfigDict({
+    "model": {"name": "embedded/arith-2m"},
+    "data": {"path": "embedded", "seed": 0, "dir": str(tmp_path_factory.mktemp("tfds"))},
+    "next_sentence": {"kind": "prompts", "num_train": None, "num_validation": None, "num_test": None},
+    "sampler": {"min_length": 1, "max_length": 12},
+    "eval": {"num_votes": 3, "max_length": 12, "temperature": 1.0, "encoder": None},
+    "reward": {"num_demonstrations": 0, "renormalize": True, "alpha": 1.0, "beta": 0.0, "rival_penalty": 0.0},
+  })  # fmt: skip
+  task = NextSentenceTask(config, base.tokenizer, base.config.vocab_size)
+  reward = task.make_reward(config, base, base.params, None, jax.devices()[:1])
+  sampler = task.make_sampler(base, max_length=12)
+  return Parts(config, base, base.params, task, sampler, reward, jax.devices()[:1])
 
 
-def test_nothing_has_no_sentences():
-  assert sentences.split("") == sentences.split(" \n ") == []
+def test_an_untouched_policy_samples_its_reward(parts):
+  """At T = 1 log q = log R for every sentence: the stop is scored with it, over the same vocabulary."""
+  evaluator = Sentences(parts)
+  problems = parts.task.test_examples(2)
+  values = dict(evaluator(None, problems, jax.random.key(0)))
+  assert len(evaluator.samples) == 2 * 3
+  short = [r for r in evaluator.samples if len(parts.task.encode(r["Z"])) < 12]  # at the maximum the stop is forced
+  assert short
+  for record in short:
+    assert record["log_q"] == pytest.approx(record["log_R"], abs=1e-3)
+  assert values["max_log_likelihood"] >= values["log_likelihood"]
 
 
-def test_real_prompts_are_of_one_to_three_sentences():
-  lines = (shared_folder() / "data" / "openwebtext" / "prompts_2000.txt").read_text().splitlines()
-  numbers = []
-  for line in lines:
-    found = sentences.split(line)
-    assert " ".join(found) == " ".join(line.split())
-    numbers.append(len(found))
-  # Whoever cut them used another rule. pysbd 0.3.4 finds 654, 681 and 659 of 1, 2 and 3 sentences, and 6 of more.
-  assert sum(1 <= n <= 3 for n in numbers) >= 1990
-  assert all(abs(numbers.count(n) - theirs) <= 10 for n, theirs in ((1, 654), (2, 681), (3, 659)))
+def test_best_mean_and_diversity_by_hand(parts, monkeypatch):
+  """Two prompts with two sentences each; embeddings that stand at right angles, and that are the same."""
+  evaluator = Sentences(parts)
+  records = [{"Z": z, "log_R": r} for z, r in ((" a", -1.0), (" b", -3.0), (" c", -2.0), (" c", -6.0))]
+  monkeypatch.setattr(sentences, "sample_records", lambda *arguments: records)
+  vectors = {"a": [1.0, 0.0], "b": [0.0, 1.0], "c": [1.0, 1.0]}
+  monkeypatch.setattr(sentences, "sentence_embeddings", lambda encoder, texts: np.array([vectors[t] for t in texts]))
+  evaluator._encoder = "known"
+  z = Trajectory(*(np.zeros((4, 1)),), np.zeros(4, int), *(np.zeros((4, 1)),) * 3)
+  queries = evaluator._queries(parts.task.test_examples(2))
+  found = dict(evaluator._measure(queries, z))
+  assert found == pytest.approx({"max_log_likelihood": -1.5, "log_likelihood": -3.0, "diversity": 0.5})
+
+
+def test_points_of_figure_3():
+  results = {
+    "next_sentence/gfn/diversity": 0.7, "next_sentence/gfn/max_log_likelihood": -12.0,
+    "next_sentence/greedy/max_log_likelihood": -15.0, "next_sentence/validation/diversity": 0.1,
+    "next_sentence/validation/max_log_likelihood": 0.0, "step": 4,
+  }  # fmt: skip
+  assert points(results) == {"gfn": (0.7, -12.0)}

@@ -23,6 +23,29 @@ RUNS = {  # name -> (arguments, result keys that must be there, plots beside log
     ["rng/gfn/kl_q_target"],
     ["numbers.png"],
   ),
+  "next_sentence": (
+    ["--config=configs/next_sentence.py:smoke"],
+    [
+      f"next_sentence/{m}/max_log_likelihood"
+      for m in ("gfn", "base", "greedy", "sampling_0.8", "top_k_50", "nucleus_0.9", "beam", "diverse_beam")
+    ],
+    [],
+  ),
+  "infill": (
+    ["--config=configs/infill.py:smoke"],
+    ["infill/gfn/bleu4", "infill/gfn/gleu4", "infill/base/bleu4", "infill/gfn/log_reward"],
+    [],
+  ),
+  "jsonl": (
+    ["--config=configs/jsonl.py:smoke"],
+    ["jsonl/gfn/log_reward", "jsonl/gfn/log_reward_best", "jsonl/gfn/distinct_share", "jsonl/base/log_reward"],
+    [],
+  ),
+  "six_words": (
+    ["--config=configs/six_words.py:smoke"],
+    ["six_words/gfn/right", "six_words/gfn/log_reward"],
+    [],
+  ),
   "arith_sft": (
     ["--config=configs/arith.py:smoke", "--config.method=sft", "--config.train.keep=best", "--config.train.patience=1"],
     ["arith/sft/accuracy/3", "arith/base/accuracy/3"],
@@ -37,10 +60,12 @@ def runs(tmp_path_factory):
   folder = tmp_path_factory.mktemp("runs")
   data = f"--config.data.dir={folder}/tfds"
   commands = [["gfn_jax.main", *arguments, data, f"--workdir={folder}/{n}"] for n, (arguments, *_) in RUNS.items()]
+  commands.append(["gfn_jax.main", "--config=configs/subj.py:smoke", data, f"--workdir={folder}/subj"])
+  commands.append(commands[-1])  # a finished run says so
   results = run_commands(commands)
   for command, (code, _, stderr) in zip(commands, results):
     assert code == 0, f"{command}\n{stderr}"
-  return {n: (folder / n, out) for n, (_, out, _) in zip(RUNS, results)}
+  return {n: (folder / n, out) for n, (_, out, _) in zip([*RUNS, "subj", "subj_again"], results)}
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -50,15 +75,33 @@ def test_the_contracts_files_are_there(runs, name):
   results = json.loads((workdir / "results.json").read_text())
   assert [k for k in keys if k not in results] == []
   assert all(np.isfinite(v) for v in results.values() if isinstance(v, float))
-  curves = ["loss.png", "log_ratio_variance.png"]
-  assert [p for p in plots + curves if not (workdir / "plots" / p).stat().st_size > 5000] == []
+  assert [p for p in [*plots, "loss.png"] if not (workdir / "plots" / p).stat().st_size > 5000] == []
   records = read_jsonl(workdir / "samples.jsonl")
   assert records and all({"step", "X", "Z"} <= set(r) for r in records)
   fields = json.loads((workdir / "config.json").read_text())["config"]
   adapter = load_adapter(workdir / "adapter", load_pretrained(fields["model.name"]))
   assert adapter.config.rank == fields["lora.rank"]
   assert "R(Z) = " in (workdir / "adapter" / "README.md").read_text()
-  assert f"| {fields['task']} " in out  # the table
+  assert f"| {keys[0].partition('/')[0]} " in out  # the table
+
+
+def test_a_round_of_expectation_maximisation(runs):
+  workdir, out = runs["subj"]
+  results = json.loads((workdir / "results.json").read_text())
+  for method in ("gfn", "gfn_sft", "base", "zero_shot", "4_shot"):
+    assert 0 <= results[f"subj/{method}/accuracy/4"] <= 1
+  assert results["subj/gfn_sft/accuracy/4"] == results["subj/gfn_sft/accuracy/4/round0"]
+  assert "E-step" in out and "M-step" in out
+  rationales = read_jsonl(workdir / "round0" / "rationales.jsonl")
+  assert len(rationales) == 4 * 3 and all(r["Y"].startswith(", so it is") for r in rationales)
+  fields = [json.loads((workdir / "round0" / s / "config.json").read_text())["config"] for s in "em"]
+  assert [f["method"] for f in fields] == ["gfn", "sft"]
+  a, b = (load_adapter(workdir / "round0" / s / "adapter", load_pretrained("embedded/arith-2m")) for s in "em")
+  for lora in (a, b):  # both have learnt something
+    assert max(np.abs(x["lora_b"]).max() for x in lora.params["layers"].values()) > 0
+  shares = [r for r in read_jsonl(workdir / "round0" / "e" / "samples.jsonl") if "share" in r]
+  assert shares and all(0 < r["share"] <= 1 for r in shares)
+  assert "finished already" in runs["subj_again"][1]
 
 
 def test_the_metrics_of_supervised_fine_tuning(runs):

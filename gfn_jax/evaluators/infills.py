@@ -8,7 +8,7 @@ import numpy as np
 from gfn_jax.data import query_table
 from gfn_jax.evaluators.bertscore import bert_score
 from gfn_jax.evaluators.evaluator import Evaluator, Problems
-from gfn_jax.evaluators.judge import Judge
+from gfn_jax.evaluators.judge import Judge, mean_rating
 from gfn_jax.evaluators.overlap import bleu4, gleu4
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora, load_encoder
@@ -58,7 +58,6 @@ class Infills(Evaluator):
         for text in found[: c.judge_samples]
       ]
       ratings = self._judge.rate(shown)
-      known = [r for r in ratings if r is not None]
-      yield "coherence_missing", 1 - len(known) / len(ratings)
-      if known:
-        yield "coherence", float(np.mean(known))
+      yield "coherence_missing", sum(r is None for r in ratings) / len(ratings)
+      if any(r is not None for r in ratings):
+        yield "coherence", mean_rating(ratings)[0]
