@@ -64,7 +64,9 @@ TEMPERATURE = 1.0  # G-Eval's, and the only one that reasoning models take; at 0
 # "4", "4.5", "4/5" or "4 out of 5", but neither the 4 of "4/10" and "4-5" nor that of "42", "4.x" and "4th".
 _OF_FIVE = r"(?: *+(?:/|out of) *+5(?!\.?[0-9]))?+"
 _NUMBER = rf"([0-9]++(?:\.[0-9]++)?+){_OF_FIVE}(?![\w%]|\.\w|,[0-9]| *+(?:/|-|–|to\b|or\b|out of) *+[0-9])"
-_LABELLED = re.compile(rf"\bcoherence(?: ++(?:score|rating)\b)?+(?: *+\(1-5\))?+[ \t*_:=]*+{_NUMBER}", re.IGNORECASE)
+# "Coherence: 4" anywhere, "Coherence 4" where the line ends: not "Coherence 3 sentences lack".
+_NAME = r"\bcoherence(?: ++(?:score|rating)\b)?+(?: *+\(1-5\))?+(?=[ \t*_]*+(?:[:=]|[0-9./ \t*_]++$))"
+_LABELLED = re.compile(rf"{_NAME}[ \t*_:=]*+{_NUMBER}", re.IGNORECASE | re.MULTILINE)
 _FIRST_LINE = re.compile(rf"\s*+(?:- ++)?+[*_]*+{_NUMBER}[*_.]*+[ \t\r]*+(?:\n|\Z)")
 
 
@@ -73,7 +75,11 @@ def parse_rating(reply: str) -> float | None:
 
   It stands behind the word "Coherence", with any text around, or alone on the first line, where the prompt's form asks
   for it. Nothing is guessed: other numbers, numbers out of range and ratings that contradict each other are no rating.
+  What a model thinks aloud, up to </think>, is no part of its reply.
   """
+  reply = reply.rpartition("</think>")[2]
+  if "<think>" in reply:  # and was cut off
+    return None
   first_line = _FIRST_LINE.match(reply)
   found = {float(n) for n in _LABELLED.findall(reply) + ([first_line[1]] if first_line else [])}
   rating = found.pop() if len(found) == 1 else None
