@@ -121,7 +121,7 @@ def test_stories_are_rated_in_order_with_the_prompt_of_the_paper(capsys):
   for request in seen:
     assert request["path"] == "/v1/chat/completions" and request["key"] == f"Bearer {KEY}"
     settings = {k: v for k, v in request["body"].items() if k != "messages"}
-    assert settings == {"model": "judge-1", "temperature": 1.0, "max_tokens": 64}
+    assert settings == {"model": "judge-1", "temperature": 1.0}
   text = next(r["body"]["messages"][0]["content"] for r in seen if "He ran" in str(r))
   assert text.startswith("You will be given a short story.\nYour task is to rate the story on one metric.\n")
   assert text.endswith("\nStory:\nHe ran.\nHe won.\nEvaluation Form (scores ONLY):\n- Coherence:")
@@ -131,10 +131,9 @@ def test_stories_are_rated_in_order_with_the_prompt_of_the_paper(capsys):
 def test_a_reply_without_a_rating_is_asked_again_and_then_missing(capsys):
   replies = {"a": ["Well.", "- Coherence: 4"], "b": ["No.", None, "6", "5"], "c": ["1"]}
   with server(lambda body, _: replies[story_in(body)].pop(0)) as (url, seen):
-    judge = Judge(url, "m", max_tokens=None)
+    judge = Judge(url, "m")
     assert judge.rate(["a", "b", "c"]) == [4, None, 1]
   assert [story_in(r["body"]) for r in seen].count("b") == MAX_REPLIES == 3 and len(seen) == 6
-  assert "max_tokens" not in seen[0]["body"]
   assert capsys.readouterr().out == "judge m: 1 of 3 stories have no rating: no reply held one\n"
   assert judge.rate([]) == []
 

@@ -115,7 +115,6 @@ class Judge:
     max_concurrency: requests under way at a time.
     max_retries: of a request that met a full or failing server, with the openai package's growing pauses.
     timeout: seconds until a request without an answer counts as failed.
-    max_tokens: of a reply; None sets no limit, for models that think first.
 
   Raises:
     ValueError: the openai package, the key or the URL is missing or malformed, or the cache is damaged; named.
@@ -132,7 +131,6 @@ class Judge:
     max_concurrency: int = 8,
     max_retries: int = 5,
     timeout: float = 60.0,
-    max_tokens: int | None = 64,
   ):
     try:
       import openai
@@ -152,9 +150,8 @@ class Judge:
     if not (self._key.isascii() and self._key.isprintable()):  # the client's error would show it
       raise ValueError(f"the judge's key, in the environment variable {api_key_env}, must be one line of ASCII")
     self._max_concurrency, self._max_retries, self._timeout = max_concurrency, max_retries, timeout
+    # No max_tokens: reasoning models refuse it, and one that thinks aloud would never come to its rating.
     self._settings = {"model": model, "temperature": TEMPERATURE}
-    if max_tokens is not None:
-      self._settings["max_tokens"] = max_tokens
     self._cache = None if cache is None else pathlib.Path(cache)
     self._known = {} if self._cache is None else _read_cache(self._cache)
     self._lock = threading.Lock()
