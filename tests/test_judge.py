@@ -11,6 +11,7 @@ import threading
 import pytest
 
 from gfn_jax.evaluators.judge import MAX_REPLIES, PROMPT, Judge, mean_rating, parse_rating
+from testing import shared_folder
 
 KEY = "sk-not-a-real-key-4711"
 AT_ONCE = {"retry-after-ms": "1"}  # try again after a millisecond
@@ -71,6 +72,16 @@ def key(monkeypatch):
   monkeypatch.setenv("NO_PROXY", "127.0.0.1")
 
 
+def test_the_prompt_is_the_papers_to_the_letter():
+  text = (shared_folder() / "paper" / "hu2024_amortizing.txt").read_text(encoding="utf-8")
+  start = text.index("You will be given a short story.")
+  form = "Evaluation Form (scores ONLY):\n- Coherence:"
+  printed = text[start : text.index(form, start)] + form
+  page_end = "21\n\nPublished as a conference paper at ICLR 2024\n"  # stands amidst
+  assert printed.count(page_end) == 1
+  assert PROMPT.split() == printed.replace(page_end, "").split()  # but for how lines break
+
+
 @pytest.mark.parametrize(
   "reply, rating",
   (
@@ -86,6 +97,8 @@ def key(monkeypatch):
     ("Coherence:\n2. Assign a score.", None), ("There are 2 problems with this story.", None),
     ("Coherence: 4 at first, then Coherence: 2", None), ("4\nCoherence: 2", None), ("Incoherence: 4", None),
     ("four", None), ("٤", None), ("nan", None),
+    ("<think>\nCoherence: 2? Or\nCoherence: 3\n</think>\n\n4", 4), ("<think>\nCoherence: 2", None),
+    ("Coherence: 2</think>", None), ("Coherence 4/5.\nIt flows.", 4), ("Coherence 3 sentences of it lack.", None),
   ),
 )  # fmt: skip
 def test_a_rating_is_read_strictly(reply, rating):
@@ -108,7 +121,7 @@ def test_stories_are_rated_in_order_with_the_prompt_of_the_paper(capsys):
   for request in seen:
     assert request["path"] == "/v1/chat/completions" and request["key"] == f"Bearer {KEY}"
     settings = {k: v for k, v in request["body"].items() if k != "messages"}
-    assert settings == {"model": "judge-1", "temperature": 1.0, "max_tokens": 64}
+    assert settings == {"model": "judge-1", "temperature": 1.0}
   text = next(r["body"]["messages"][0]["content"] for r in seen if "He ran" in str(r))
   assert text.startswith("You will be given a short story.\nYour task is to rate the story on one metric.\n")
   assert text.endswith("\nStory:\nHe ran.\nHe won.\nEvaluation Form (scores ONLY):\n- Coherence:")
@@ -118,10 +131,9 @@ def test_stories_are_rated_in_order_with_the_prompt_of_the_paper(capsys):
 def test_a_reply_without_a_rating_is_asked_again_and_then_missing(capsys):
   replies = {"a": ["Well.", "- Coherence: 4"], "b": ["No.", None, "6", "5"], "c": ["1"]}
   with server(lambda body, _: replies[story_in(body)].pop(0)) as (url, seen):
-    judge = Judge(url, "m", max_tokens=None)
+    judge = Judge(url, "m")
     assert judge.rate(["a", "b", "c"]) == [4, None, 1]
   assert [story_in(r["body"]) for r in seen].count("b") == MAX_REPLIES == 3 and len(seen) == 6
-  assert "max_tokens" not in seen[0]["body"]
   assert capsys.readouterr().out == "judge m: 1 of 3 stories have no rating: no reply held one\n"
   assert judge.rate([]) == []
 

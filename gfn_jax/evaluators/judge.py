@@ -64,7 +64,9 @@ TEMPERATURE = 1.0  # G-Eval's, and the only one that reasoning models take; at 0
 # "4", "4.5", "4/5" or "4 out of 5", but neither the 4 of "4/10" and "4-5" nor that of "42", "4.x" and "4th".
 _OF_FIVE = r"(?: *+(?:/|out of) *+5(?!\.?[0-9]))?+"
 _NUMBER = rf"([0-9]++(?:\.[0-9]++)?+){_OF_FIVE}(?![\w%]|\.\w|,[0-9]| *+(?:/|-|–|to\b|or\b|out of) *+[0-9])"
-_LABELLED = re.compile(rf"\bcoherence(?: ++(?:score|rating)\b)?+(?: *+\(1-5\))?+[ \t*_:=]*+{_NUMBER}", re.IGNORECASE)
+# "Coherence: 4" anywhere, "Coherence 4" where the line ends: not "Coherence 3 sentences lack".
+_NAME = r"\bcoherence(?: ++(?:score|rating)\b)?+(?: *+\(1-5\))?+(?=[ \t*_]*+(?:[:=]|[0-9./ \t*_]++$))"
+_LABELLED = re.compile(rf"{_NAME}[ \t*_:=]*+{_NUMBER}", re.IGNORECASE | re.MULTILINE)
 _FIRST_LINE = re.compile(rf"\s*+(?:- ++)?+[*_]*+{_NUMBER}[*_.]*+[ \t\r]*+(?:\n|\Z)")
 
 
@@ -73,7 +75,11 @@ def parse_rating(reply: str) -> float | None:
 
   It stands behind the word "Coherence", with any text around, or alone on the first line, where the prompt's form asks
   for it. Nothing is guessed: other numbers, numbers out of range and ratings that contradict each other are no rating.
+  What a model thinks aloud, up to </think>, is no part of its reply.
   """
+  reply = reply.rpartition("</think>")[2]
+  if "<think>" in reply:  # and was cut off
+    return None
   first_line = _FIRST_LINE.match(reply)
   found = {float(n) for n in _LABELLED.findall(reply) + ([first_line[1]] if first_line else [])}
   rating = found.pop() if len(found) == 1 else None
@@ -109,7 +115,6 @@ class Judge:
     max_concurrency: requests under way at a time.
     max_retries: of a request that met a full or failing server, with the openai package's growing pauses.
     timeout: seconds until a request without an answer counts as failed.
-    max_tokens: of a reply; None sets no limit, for models that think first.
 
   Raises:
     ValueError: the openai package, the key or the URL is missing or malformed, or the cache is damaged; named.
@@ -126,7 +131,6 @@ class Judge:
     max_concurrency: int = 8,
     max_retries: int = 5,
     timeout: float = 60.0,
-    max_tokens: int | None = 64,
   ):
     try:
       import openai
@@ -146,9 +150,8 @@ class Judge:
     if not (self._key.isascii() and self._key.isprintable()):  # the client's error would show it
       raise ValueError(f"the judge's key, in the environment variable {api_key_env}, must be one line of ASCII")
     self._max_concurrency, self._max_retries, self._timeout = max_concurrency, max_retries, timeout
+    # No max_tokens: reasoning models refuse it, and one that thinks aloud would never come to its rating.
     self._settings = {"model": model, "temperature": TEMPERATURE}
-    if max_tokens is not None:
-      self._settings["max_tokens"] = max_tokens
     self._cache = None if cache is None else pathlib.Path(cache)
     self._known = {} if self._cache is None else _read_cache(self._cache)
     self._lock = threading.Lock()
