@@ -57,7 +57,7 @@ base_model: {base}
 # {base}, fine-tuned on texts
 
 All parameters, {epochs} epochs of {texts:,} texts, seed {seed}, gfn_jax {version}; `{record}` has every setting.
-Measured: {measured}.
+{measured}.
 """
 
 Total = tuple[Any, Any, Any]  # nats, tokens, and the gradient of nats; sums
@@ -283,7 +283,7 @@ def write_model(
       temporary / "README.md",
       _CARD.format(
         licence=tuned.licence, base=tuned.source, epochs=config.train.num_epochs, texts=num_texts, seed=config.seed,
-        version=__version__, record=RECORD, measured=measured,
+        version=__version__, record=RECORD, measured=measured[0].upper() + measured[1:],
       ),
     )  # fmt: skip
   print(f"{output}: written; {measured}", flush=True)

@@ -1,7 +1,6 @@
 """A user's texts as rows of tokens: read, tokenised, held out, shuffled and laid out in batches."""
 
 from collections.abc import Iterator, Sequence
-import json
 import os
 import pathlib
 
@@ -9,6 +8,7 @@ from jaxtyping import Bool, Int
 import numpy as np
 
 from gfn_jax.data import pad_right, step_rng
+from gfn_jax.datasets import json_lines
 from gfn_jax.models import Pretrained
 from gfn_jax.models.text import TextCodec
 
@@ -31,39 +31,30 @@ def read_texts(path: str | os.PathLike, field: str = "text") -> dict[int, str]:
   Raises:
     ValueError: the file cannot be read or has no texts, or a line is bad; one line that names both.
   """
-  path = pathlib.Path(path)
-  as_json, texts = path.suffix.lower() in JSON_LINES, {}
-  try:
-    with path.open("rb") as file:
-      for number, raw in enumerate(file, start=1):
-        if not raw.strip():
-          continue
-        try:
-          line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-          texts[number] = _field_text(json.loads(line), field) if as_json else line.rstrip("\r\n")
-        except (ValueError, RecursionError) as e:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
-          raise ValueError(f"{path}, line {number}: {e}") from None
-  except OSError as e:
-    raise ValueError(f"{path} cannot be read: {e.strerror}") from None
+  path, texts = pathlib.Path(path), {}
+  if path.suffix.lower() in JSON_LINES:
+    texts = {number: _field_text(path, number, record, field) for number, record in json_lines.read_objects(path)}
+  else:
+    try:
+      with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+          if line.strip():
+            texts[number] = line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as e:
+      raise ValueError(f"{path}, line {number}: {e}") from None
+    except OSError as e:
+      raise ValueError(f"{path} cannot be read: {e.strerror}") from None
   if not texts:
     raise ValueError(f"{path} has no texts")
   return texts
 
 
-def _field_text(record: object, field: str) -> str:
-  if not isinstance(record, dict):
-    raise ValueError(f"an object is needed, not {type(record).__name__}")
-  if field not in record:
-    raise ValueError(f"no field {field!r} (config.data.field): the record has {', '.join(record) or 'none'}")
-  parts = record[field] if isinstance(record[field], list) else [record[field]]
-  wrong = [type(p).__name__ for p in parts if not isinstance(p, str)]
-  if wrong:
-    raise ValueError(f"field {field!r} must be text or a list of texts, not {wrong[0]}")
-  text = " ".join(parts)
+def _field_text(path: pathlib.Path, number: int, record: dict, field: str) -> str:
+  parts = record.get(field)
+  records = [{field: part} for part in parts] if isinstance(parts, list) else [record]
+  text = " ".join(json_lines.text_field(path, number, record, field) for record in records)
   if not text.strip():
-    raise ValueError(f"field {field!r} is empty")
-  if any("\ud800" <= c <= "\udfff" for c in text):  # JSON can spell halves of a character
-    raise ValueError(f"field {field!r} holds half of a surrogate pair: no tokenizer can read it")
+    raise ValueError(f"{path}, line {number}: field {field!r} is empty")
   return text
 
 

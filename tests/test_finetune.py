@@ -165,7 +165,7 @@ def test_the_folder_loads_in_transformers_with_the_same_logits(tuned, folder):
   assert np.abs(untuned - logits(ours, tokens)).max() > 0.01
   record = json.loads((tuned / "finetune.json").read_text())
   assert record["config"]["train.num_epochs"] == 2 and "gfn_jax" in record["versions"]
-  assert "nats a token before" in (tuned / "README.md").read_text()
+  assert "\nHeld-out texts: 6." in (tuned / "README.md").read_text()
   assert not tuned.with_name("tuned.run").exists() and not tuned.with_name("tuned.tmp").exists()
 
 
