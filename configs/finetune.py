@@ -4,8 +4,8 @@
     python -m gfn_jax.finetune --config=configs/finetune.py:smoke --config.data.path=texts.txt --output=runs/smoke
 
 The default trains the embedded arithmetic LM: 2,000 lines of 37 tokens take about a minute on 2 idle CPU cores.
-`:paper` makes the LM of the paper's story infilling (appendix C), on the stories that `configs/infill.py:paper` does not
-test on:
+`:paper` makes the LM of the paper's story infilling (appendix C), on the stories that `configs/infill.py:paper` does
+not test on:
 
     python -c "import json; from gfn_jax.datasets import roc_stories as r
     for story in r.load(r.make_config('FOLDER'), 'finetune'): print(json.dumps(story))" > stories.jsonl
