@@ -60,9 +60,7 @@ class Checkpoints:
         logging.warning("checkpoint %d is damaged and skipped: %s", step, reason)
         damaged.append(step)
     if damaged:
-      raise ValueError(
-        f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another --workdir"
-      )
+      raise ValueError(f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another folder")
     return None
 
   def restore_adapter(self, step: int | None = None) -> tuple[int, dict] | None:

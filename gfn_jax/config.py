@@ -1,6 +1,6 @@
 """The fields of a run, their defaults, and every rule between them, checked before anything compiles."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import importlib.util
 import json
 import pathlib
@@ -158,11 +158,16 @@ def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:
   return dict(walk("", config))
 
 
-def require_fields(config: Any) -> None:
-  """Raises ValueError, naming a field, where `config` is no config of a run."""
+def require_fields(config: Any, fields: Iterable[str] | None = None) -> None:
+  """Raises ValueError, naming a field, where `config` is no config of a run.
+
+  Args:
+    fields: that it must have ("train.num_steps"); None for those of `base_config`.
+  """
   if not isinstance(config, ml_collections.ConfigDict):
     raise ValueError(f"get_config returned a {type(config).__name__} in place of a ConfigDict")
-  missing = sorted(flatten(base_config()).keys() - flatten(config).keys())
+  wanted = flatten(base_config()) if fields is None else fields
+  missing = sorted(set(wanted) - flatten(config).keys())
   _require(not missing, f"this is no config of a run: it lacks config.{', config.'.join(missing[:3])}")
 
 

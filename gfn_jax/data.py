@@ -81,9 +81,9 @@ def pad_left(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q P"], Boo
   return tokens, mask
 
 
-def pad_right(rows: Sequence[Sequence[int]]) -> tuple[Int[np.ndarray, "Q Y"], Bool[np.ndarray, "Q Y"]]:
-  """Token ids and their mask, as targets and samples are laid out."""
-  width = max([1, *map(len, rows)])
+def pad_right(rows: Sequence[Sequence[int]], width: int = 1) -> tuple[Int[np.ndarray, "Q Y"], Bool[np.ndarray, "Q Y"]]:
+  """Token ids and their mask, as targets and samples are laid out; Y is at least `width`."""
+  width = max([width, *map(len, rows)])
   tokens, mask = np.zeros((len(rows), width), np.int32), np.zeros((len(rows), width), bool)
   for i, row in enumerate(rows):
     tokens[i, : len(row)], mask[i, : len(row)] = row, True

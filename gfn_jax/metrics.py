@@ -100,9 +100,13 @@ class MetricsWriter:
 class StepLog:
   """Metrics of steps and evaluations on their way to the writer; those of a step are read while the next one runs."""
 
-  def __init__(self, writer: MetricsWriter, first_step: int, num_steps: int, log_every: int, rows_per_step: int):
-    """`rows_per_step`: trajectories that one step learns from."""
+  def __init__(
+    self, writer: MetricsWriter, first_step: int, num_steps: int, log_every: int, rows_per_step: int,
+    rows: str = "trajectories",
+  ):  # fmt: skip
+    """`rows_per_step`: how many `rows` one step learns from."""
     self._writer, self._num_steps, self._log_every, self._rows = writer, num_steps, log_every, rows_per_step
+    self._rate, self._rate_shown = f"{rows}_per_second", f"{rows[:4]}/s"
     self._pending: tuple[int, Mapping, Mapping, float] | None = None
     self._first_step, self._spent, self._since = first_step, 0.0, time.monotonic()
 
@@ -129,13 +133,13 @@ class StepLog:
     self._spent += seconds
     if step % self._log_every and step != self._num_steps:
       return
-    self._writer.write(step, values | {"trajectories_per_second": self._rows / seconds, "step_seconds": seconds})
+    self._writer.write(step, values | {self._rate: self._rows / seconds, "step_seconds": seconds})
     shown = {"loss": f"{values['loss']:.3g}"}
     if "log_reward_mean" in values:
       shown["logR"] = f"{values['log_reward_mean']:.1f}"
     if "accuracy" in values:
       shown["acc"] = f"{100 * values['accuracy']:.0f}%"
-    shown["traj/s"] = f"{self._rows / seconds:.0f}"
+    shown[self._rate_shown] = f"{self._rows / seconds:.0f}"
     remaining = (self._num_steps - step) * self._spent / (step - self._first_step)
     self._writer.progress(step, shown, remaining)
 

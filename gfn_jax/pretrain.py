@@ -19,9 +19,10 @@ import transformers
 
 from gfn_jax import cli
 from gfn_jax.datasets.arithmetic_corpus import document
+from gfn_jax.likelihood import make_optimizer, next_token_terms
 from gfn_jax.models import Pretrained, save_pretrained
 from gfn_jax.models.architectures import read_config
-from gfn_jax.models.decoder import causal_mask, hidden_states, init_params, output_logits
+from gfn_jax.models.decoder import init_params
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -73,12 +74,8 @@ def right_share(config, step: int) -> float:
 
 def next_token_loss(model, params, tokens):
   """Mean cross-entropy of tokens 1.. given those before, in nats."""
-  n = tokens.shape[1] - 1
-  hidden, _ = hidden_states(
-    model, params, None, tokens[:, :-1], jnp.broadcast_to(jnp.arange(n), (len(tokens), n)), causal_mask(n), unroll=True
-  )
-  logits = output_logits(model, params, hidden)
-  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+  nats, count = next_token_terms(model, params, tokens, jnp.ones(tokens.shape, bool))
+  return nats / count
 
 
 def pretrain(config, output: str) -> None:
@@ -93,12 +90,7 @@ def pretrain(config, output: str) -> None:
   }  # fmt: skip
   model = read_config(hf_config)
   params = init_params(model, jax.random.key(config.seed))
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, config.learning_rate, config.warmup_steps, config.num_steps, 0.02 * config.learning_rate
-  )
-  optimiser = optax.chain(
-    optax.clip_by_global_norm(1.0), optax.adamw(schedule, 0.9, 0.98, weight_decay=config.weight_decay)
-  )
+  optimiser = make_optimizer(config.learning_rate, config.warmup_steps, config.num_steps, config.weight_decay)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def step(params, opt_state, tokens):

@@ -150,7 +150,8 @@ class TrainState:
 
   Attributes:
     step: int scalar, updates made.
-    trained: {"lora": Lora, "log_partition": float [num_queries]}; the second only for the loss that learns it.
+    trained: {"lora": Lora, "log_partition": float [num_queries]}; the second only for the loss that learns it. In
+      full fine-tuning: the model's parameters.
     opt_state: of optax, for `trained`.
   """
 

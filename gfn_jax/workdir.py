@@ -31,16 +31,21 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pa
     (path / ".writable").unlink()
   except OSError as e:
     raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {e.strerror}") from None
-  existing = path / "config.json"
-  if existing.exists():
-    try:
-      theirs = dict(json.loads(existing.read_text())["config"])
-    except (ValueError, KeyError, TypeError):
-      raise ValueError(f"{existing} is damaged: choose another --workdir") from None
-    difference = first_difference(json.loads(json.dumps(flatten(config))), theirs)
-    if difference:
-      raise ValueError(f"workdir {os.fspath(path)!r} holds another run: {difference}")
+  require_same_config(config, path / "config.json")
   return path
+
+
+def require_same_config(config: ml_collections.ConfigDict, record: pathlib.Path) -> None:
+  """Raises ValueError where `record`, as `write_config` writes it, is of another run; it may be missing."""
+  if not record.exists():
+    return
+  try:
+    theirs = dict(json.loads(record.read_text())["config"])
+  except (ValueError, KeyError, TypeError):
+    raise ValueError(f"{record} is damaged: choose another folder") from None
+  difference = first_difference(json.loads(json.dumps(flatten(config))), theirs)
+  if difference:
+    raise ValueError(f"workdir {os.fspath(record.parent)!r} holds another run: {difference}")
 
 
 def config_hash(config: ml_collections.ConfigDict) -> str:
