@@ -5,7 +5,8 @@
     python -m gfn_jax.main --config=configs/infill.py:paper      # a GPT-2 Large fine-tuned on ROCStories, Table C.2
 
 ROCStories is fetched by hand (https://cs.rochester.edu/nlp/rocstories/): --config.data.path=FOLDER with its CSVs. The
-LM of `:paper`, a GPT-2 Large that was fine-tuned on them, is not public: --config.model.name is its folder.
+LM of `:paper` is made first, by `python -m gfn_jax.finetune --config=configs/finetune.py:paper` (see there);
+--config.model.name is its folder.
 --config.infill.reverse=True knows nothing of a story's beginning.
 """
 
