@@ -1,6 +1,7 @@
 """Beam search against enumeration, a search in plain Python over full forward passes, and transformers' own."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -126,6 +127,24 @@ def test_equals_a_plain_search(models, case):
   assert num_beams == 1 or len(lengths) > 1  # some stopped, and not all at once
   best = search(models[family], num_returned=1, **options)
   assert_same(best, z.rows(slice(None, None, num_beams)))
+
+
+@pytest.mark.parametrize("length_penalty", (0.0, 1.0))
+def test_ending_early_changes_nothing(models, length_penalty):
+  """Where stopping is likely most searches end long before max_length; each prompt alone, so that none waits."""
+  pretrained = models["gptj"]
+  head = pretrained.params["head"]
+  params = pretrained.params | {"head": head | {"bias": head["bias"].at[STOP].add(3.0)}}
+  eager = dataclasses.replace(pretrained, params=params)
+  options = {
+    "max_length": 9, "min_length": 0, "num_beams": 3, "num_groups": 1, "diversity_penalty": 0.0,
+    "length_penalty": length_penalty,
+  }  # fmt: skip
+  for prompt in PROMPTS:
+    z = search(eager, [prompt[-2:]], num_returned=3, **options)
+    expected = plain_search(eager, prompt[-2:], **options)
+    assert strings(z) == [string for _, string, _ in expected]
+    np.testing.assert_allclose(z.log_q, [log_q for _, _, log_q in expected], rtol=0, atol=2e-5)
 
 
 def test_a_penalty_makes_groups_differ(models):
