@@ -193,8 +193,8 @@ def search(
   logits = output_logits(config, params, prefix.last_hidden)
   state = extend(start(), jnp.broadcast_to(logits[:, None], (queries, num_beams, logits.shape[-1])))
   state = jax.lax.while_loop(can_improve, advance, state)
-  forced = jnp.where(state.step == max_length, state.running.score, -jnp.inf)
-  finished = best(size, state.finished, ended(state.running, forced, max_length))
+  # Stopping is forced now; where the search ended early, those that ran can displace nothing.
+  finished = best(size, state.finished, ended(state.running, state.running.score, max_length))
   return best(num_returned, jax.tree.map(lambda x: x.reshape(queries, num_beams, *x.shape[3:]), finished))
 
 

@@ -1,6 +1,7 @@
 """Beam search against enumeration, a search in plain Python over full forward passes, and transformers' own."""
 
 import collections
+import dataclasses
 
 import numpy as np
 import pytest
@@ -124,8 +125,24 @@ def test_equals_a_plain_search(models, case):
       lengths.add(len(string))
   assert next(found, None) is None
   assert num_beams == 1 or len(lengths) > 1  # some stopped, and not all at once
-  best = search(models[family], num_returned=1, **options)
-  assert_same(best, z.rows(slice(None, None, num_beams)))
+
+
+@pytest.mark.parametrize("length_penalty", (0.0, 1.0))
+def test_ending_early_changes_nothing(models, length_penalty):
+  """Where stopping is likely most searches end long before max_length; each prompt alone, so that none waits."""
+  pretrained = models["gptj"]
+  head = pretrained.params["head"]
+  params = pretrained.params | {"head": head | {"bias": head["bias"].at[STOP].add(3.0)}}
+  eager = dataclasses.replace(pretrained, params=params)
+  options = {
+    "max_length": 9, "min_length": 0, "num_beams": 3, "num_groups": 1, "diversity_penalty": 0.0,
+    "length_penalty": length_penalty,
+  }  # fmt: skip
+  for prompt in PROMPTS:
+    z = search(eager, [prompt[-1:]], num_returned=3, **options)
+    expected = plain_search(eager, prompt[-1:], **options)
+    assert strings(z) == [string for _, string, _ in expected]
+    np.testing.assert_allclose(z.log_q, [log_q for _, _, log_q in expected], rtol=0, atol=2e-5)
 
 
 def test_a_penalty_makes_groups_differ(models):
@@ -179,11 +196,12 @@ def test_equals_transformers(tmp_path, masked):
 
 
 def test_calls_are_bounded_and_change_nothing(models, monkeypatch):
-  options = {"num_beams": 4, "num_groups": 2, "diversity_penalty": 0.5, "num_returned": 3}
-  whole = search(models["gptj"], **options)
+  options = {"num_beams": 4, "num_groups": 2, "diversity_penalty": 0.5}
+  whole = search(models["gptj"], num_returned=4, **options)
+  best = whole.rows(np.arange(len(whole.length)) % 4 < 3)
   for limit in (12, 1):  # queries of a call: 3, with the last call padded, and 1
     monkeypatch.setattr(module, "ROWS_PER_CALL", limit)
-    assert_same(search(models["gptj"], **options), whole)
+    assert_same(search(models["gptj"], num_returned=3, **options), best)
 
 
 def test_devices_share_the_queries(models):
