@@ -57,7 +57,8 @@ PACKAGES = {
   "tasks": (("arith", "infill", "jsonl", "next_sentence", "rng", "subj"), ("__init__",)),
   "evaluators": (
     ("__init__",),
-    ("bertscore", "diversity", "evaluator", "judge", "overlap", "records"),
+    ("bertscore", "diversity", "judge", "overlap", "records"),
+    ("evaluator",),
     ("scoring",),
     ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
     ("suite",),

@@ -6,6 +6,8 @@ from typing import Any
 
 import jax
 
+from gfn_jax.data import query_table
+from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.sampler import Sampler
 from gfn_jax.task import Task
@@ -61,6 +63,20 @@ class Evaluator:
     """Yields (method/metric, value) of what is no policy of its own: other ways of decoding the base."""
     del problems, key, on_round
     return iter(())
+
+  def _sample(
+    self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None
+  ) -> tuple[list[Example], list[dict]]:
+    """The problems in one list, and a record of each of the config.eval.num_votes texts that a problem gets."""
+    p, settings = self._parts, self._parts.config.eval
+    examples = [e for kind in problems.values() for e in kind]
+    reserved = settings.max_length + len(self._context)
+    queries = query_table(examples, p.task, p.pretrained.config.max_positions, reserved)
+    z = self._sampler().draw(
+      lora, queries.prompt_tokens, queries.prompt_mask, num_samples=settings.num_votes,
+      temperature=settings.temperature, key=key, on_round=on_round,
+    )  # fmt: skip
+    return examples, sample_records(p.task, p.reward, queries, z)
 
   def _sampler(self, **settings: Any) -> Sampler:
     """A sampler at the evaluation's length, behind the context."""

@@ -5,12 +5,10 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from gfn_jax.data import query_table
 from gfn_jax.evaluators.bertscore import bert_score
 from gfn_jax.evaluators.evaluator import Evaluator, Problems
 from gfn_jax.evaluators.judge import Judge, mean_rating
 from gfn_jax.evaluators.overlap import bleu4, gleu4
-from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora, load_encoder
 
 SHOWN = 4  # stories whose first infill is recorded
@@ -21,7 +19,6 @@ class Infills(Evaluator):
 
   def __init__(self, parts, context=()):
     super().__init__(parts, context)
-    self._draw = self._sampler().draw
     c = parts.config.infill
     self._bert = None if c.bertscore_model is None else load_encoder(c.bertscore_model)
     self._judge = None if c.judge_url is None else Judge(c.judge_url, c.judge_model, cache=c.judge_cache)
@@ -31,16 +28,8 @@ class Infills(Evaluator):
   ) -> Iterator[tuple[str, float]]:
     """Yields `bleu4` and `gleu4` (per cent), `log_reward` (nats, a sample's mean); and, where the config names a model,
     `bertscore` (F1), `coherence` (1 to 5) and `coherence_missing` (the share of stories that got no rating)."""
-    parts, task, settings = self._parts, self._parts.task, self._parts.config.eval
-    c, n = parts.config.infill, settings.num_votes
-    examples = [e for kind in problems.values() for e in kind]
-    reserved = settings.max_length + len(self._context)
-    queries = query_table(examples, task, parts.pretrained.config.max_positions, reserved)
-    z = self._draw(
-      lora, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=settings.temperature, key=key,
-      on_round=on_round,
-    )  # fmt: skip
-    records = sample_records(task, parts.reward, queries, z)
+    c, n = self._parts.config.infill, self._parts.config.eval.num_votes
+    examples, records = self._sample(lora, problems, key, on_round)
     self.samples = records[: SHOWN * n : n]
     yield "log_reward", float(np.mean([r["log_R"] for r in records]))
     texts = [r["Z"].strip() + "." for r in records]

@@ -32,8 +32,8 @@ class Sentences(Evaluator):
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> Iterator[tuple[str, float]]:
     """Yields `max_log_likelihood`, `log_likelihood` (of a sample), and `diversity` where there is an encoder."""
-    z = self._sample(self._queries(problems), lora, key, on_round, self._parts.config.eval.num_votes)
-    yield from self._measure(self._queries(problems), z)
+    queries = self._queries(problems)
+    yield from self._measure(queries, self._decode(queries, lora, key, on_round, self._parts.config.eval.num_votes))
 
   def baselines(
     self, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -43,7 +43,7 @@ class Sentences(Evaluator):
     c, n = parts.config.next_sentence, parts.config.eval.num_votes
 
     def sample(num_samples=n, temperature=1.0, **filters):
-      return lambda: self._sample(queries, None, key, on_round, num_samples, temperature, **filters)
+      return lambda: self._decode(queries, None, key, on_round, num_samples, temperature, **filters)
 
     def beam(times, groups, penalty):
       return lambda: beam_search(
@@ -73,7 +73,7 @@ class Sentences(Evaluator):
     reserved = parts.config.eval.max_length + len(self._context)
     return query_table(examples, parts.task, parts.pretrained.config.max_positions, reserved)
 
-  def _sample(self, queries, lora, key, on_round, num_samples, temperature=None, **filters) -> Trajectory:
+  def _decode(self, queries, lora, key, on_round, num_samples, temperature=None, **filters) -> Trajectory:
     settings = self._parts.config.eval
     return self._sampler(**filters).draw(
       lora, queries.prompt_tokens, queries.prompt_mask, num_samples=num_samples,

@@ -146,13 +146,14 @@ class RngTask(Task):
     shared = len(list(itertools.takewhile(lambda column: len(set(column)) == 1, zip(alone, *wholes.values()))))
     self._prompt_tokens = alone[:shared]
     self.number_tokens = {n: tuple(w[shared:]) for n, w in wholes.items()}
+    self._numbers = set(self.number_tokens.values())
     self.stop_token_id = self.find_stop(None)
     longest = max(map(len, self.number_tokens.values()))
     if longest > config.sampler.max_length:
       raise ValueError(
         f"config.sampler.max_length {config.sampler.max_length}: the longest number has {longest} tokens"
       )
-    if len(set(self.number_tokens.values())) < len(self.number_tokens) or () in self.number_tokens.values():
+    if len(self._numbers) < len(self.number_tokens) or () in self._numbers:
       raise ValueError(f"model {config.model.name!r} does not write the numbers {c.low}..{c.high} apart")
     self._penalty = math.log(vocab_size) + 12 if c.penalty is None else c.penalty
     self.examples = [self.example_of(self.prompt)]
@@ -163,7 +164,7 @@ class RngTask(Task):
   def is_right(self, example: Example, tokens: Sequence[int]) -> bool:
     """Whether Z is a number of the support."""
     del example
-    return tuple(tokens) in set(self.number_tokens.values())
+    return tuple(tokens) in self._numbers
 
   def validation_examples(self, number: int) -> dict[str, list[Example]]:
     """The one prompt, `number` times: what is measured on it is a matter of samples."""
