@@ -30,7 +30,9 @@ print("RESULTS" + json.dumps(found))
 
 
 def test_embedded_data_is_whole():
-  assert {p.name for p in sources.embedded("").iterdir()} == {"README.md", "prompts.txt", "stories", "subj"}
+  assert {p.name for p in sources.embedded("").iterdir()} == {
+    "README.md", "prompts.txt", "records.jsonl", "stories", "subj",
+  }  # fmt: skip
   assert "CC0" in sources.embedded("README.md").read_text()
 
 
