@@ -28,7 +28,7 @@ def get_config(variant: str = ""):
   config.lora.alpha = 64.0
   config.train.num_queries, config.sampler.num_samples = 16, 8
   config.train.num_steps, config.train.learning_rate, config.train.decay_steps = 250, 5e-4, 250
-  config.eval.every_steps = 50
+  config.eval.every_steps, config.eval.shots = 50, (3,)
   config.behavior.temperature_high = 1.5
   config.reward.temperature_start, config.reward.temperature_end, config.reward.temperature_horizon = 1.1, 0.9, 100
 

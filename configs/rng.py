@@ -34,11 +34,14 @@ def get_config(variant: str = ""):
   })  # fmt: skip
   config.model.name = smollm2()
   config.lora.rank, config.lora.alpha, config.lora.targets = 512, 32.0, ("k_proj", "v_proj")
-  config.sampler.max_length, config.sampler.num_samples = 4, 64
-  # One prompt, sampled on-policy only.
-  config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 1, 0.0, 0.0
+  config.sampler.max_length, config.sampler.num_samples = 3, 16
+  # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
+  # Without the buffer the number 100, begun as 10 is, is soon never sampled again; tempering meets what is no number.
+  config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
+  config.behavior.temperature_low = 1.0
+  config.replay.capacity, config.replay.similarity, config.replay.seed_from = 128, 0.0, "nothing"
   config.data.unseeded_weight = 1.0
-  config.train.num_steps, config.train.decay_steps = 800, 800
+  config.train.num_steps, config.train.decay_steps = 600, 600
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
   config.checkpoint.every_steps = config.eval.every_steps = 50
   config.eval.num_validation = 4
@@ -49,7 +52,7 @@ def get_config(variant: str = ""):
     config.model.name = "embedded/arith-2m"
     config.rng.high = 20
     config.lora.rank = 16
-    config.sampler.num_samples = 16
+    config.sampler.num_samples = 4
     config.train.num_steps = config.train.decay_steps = 6
     config.train.warmup_steps = 1
     config.checkpoint.every_steps = config.eval.every_steps = 3
@@ -59,7 +62,9 @@ def get_config(variant: str = ""):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
     config.lora.dropout = 0.1
     config.sampler.max_length = 5
-    # The reference's: 8 x 8 samples a step, 2,560 steps, linear decay.
+    # The reference's: 8 x 8 samples a step, on-policy, 2,560 steps, linear decay.
+    config.train.num_queries, config.sampler.num_samples = 8, 8
+    config.behavior.buffer, config.behavior.tempered = 0.0, 0.0
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
   return config

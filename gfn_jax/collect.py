@@ -8,10 +8,8 @@ import jax
 import numpy as np
 
 from gfn_jax import data
-from gfn_jax.models import Lora
+from gfn_jax.config import num_micro_batches
 from gfn_jax.replay import ReplayBuffer
-from gfn_jax.sampler import Sampler
-from gfn_jax.task import Task
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
 
@@ -22,18 +20,17 @@ class Collector:
     replay: the buffer; a run's only host state.
   """
 
-  def __init__(self, config: Any, task: Task, table: Queries, sampler: Sampler, reward: Any, max_positions: int):
-    """`config`: of the run. `table`: the training queries, in the order of `task.examples`.
-
-    Args:
-      reward: called as `rewards.Reward` is.
-      max_positions: the model's.
+  def __init__(self, parts: Any, table: Queries):
+    """`parts`: of the run, as `experiment.build` makes them. `table`: the training queries, as `task.examples`.
 
     Raises:
       ValueError: fewer queries can be drawn than a step has.
     """
+    config, task = parts.config, parts.task
     self._config, self._task, self._table = config, task, table
-    self._sampler, self._reward, self._max_positions = sampler, reward, max_positions
+    self._params, self._sampler, self._reward = parts.params, parts.sampler, parts.reward
+    self._max_positions = parts.pretrained.config.max_positions
+    self._behavior = config.behavior
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -52,8 +49,12 @@ class Collector:
   def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     return self._reward(self._table[ids], z.tokens, z.length, z.terminable)
 
-  def restore_replay(self, arrays: Mapping[str, np.ndarray]) -> None:
-    """Goes on with a checkpoint's buffer; {} is the empty one."""
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    """What a checkpoint keeps of the collector."""
+    return self.replay.to_arrays()
+
+  def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    """Goes on with what `to_arrays` gave; {} is the empty buffer."""
     if arrays:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
@@ -105,11 +106,11 @@ class Collector:
     return np.take_along_axis(log_reward, length[:, None], axis=1)[offered, 0]
 
   def __call__(
-    self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
+    self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> tuple[Batch, dict[str, float]]:
-    """The step's batch, and metrics of its fresh samples. Fills the replay buffer."""
+    """The step's batch, sampled by the adapter in `trained`, and metrics of its fresh samples. Fills the buffer."""
     config, n = self._config, self._config.sampler.num_samples
-    plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, config.behavior)
+    plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, self._behavior)
     replayed = np.array(
       [from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)]
     )
@@ -119,7 +120,7 @@ class Collector:
     fields = [np.zeros((len(plan.query_ids), n, *shape), dtype) for shape, dtype in shapes]
     metrics = {}
     if len(fresh):
-      z, log_reward = self._sample(lora, plan, fresh, key, on_round)
+      z, log_reward = self._sample(trained["lora"], plan, fresh, key, on_round)
       for field, values in zip(fields, (z.tokens, z.length, z.action_mask, log_reward)):
         field[fresh] = values.reshape(len(fresh), n, *values.shape[1:])
       for j, q in enumerate(plan.query_ids[fresh]):
@@ -145,7 +146,7 @@ class Collector:
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
     """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
     total = len(plan.query_ids)
-    usual = data.num_sampled(self._config.behavior, total, len(self._sampler.devices))
+    usual = data.num_sampled(self._behavior, total, len(self._sampler.devices))
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
     n, q = self._config.sampler.num_samples, self._table[plan.query_ids[padded]]
     z = self._sampler(
@@ -169,7 +170,11 @@ class Collector:
 
 
 class DemonstrationCollector(Collector):
-  """Demonstrations alone, for supervised fine-tuning: as many rows a step as `Collector` has, a query each."""
+  """Demonstrations alone, for supervised fine-tuning: as many rows a step as `Collector` has.
+
+  Demonstrations of one prompt (the rationales of an M-step) are drawn together, as many as all prompts have, and share
+  the prompt's keys and values; where prompts have one each, a row is a query.
+  """
 
   def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
@@ -184,18 +189,27 @@ class DemonstrationCollector(Collector):
       )
     return found
 
+  def _by_prompt(self) -> list[np.ndarray]:
+    """The queries that hold a demonstration, [prompts][demonstrations]."""
+    groups: dict[str, list[int]] = {}
+    for i, example in enumerate(self._task.examples):
+      if i in self.replay:
+        groups.setdefault(example.prompt, []).append(i)
+    return [np.array(group) for group in groups.values()]
+
   def __call__(
-    self, lora: Lora, step: int, key: jax.Array, on_round: Callable[[], None] | None = None
+    self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> tuple[Batch, dict[str, float]]:
     """The step's batch of demonstrations, drawn by (seed, step); no metrics, since nothing is sampled."""
-    del lora, key, on_round
-    config = self._config
+    del trained, key, on_round
+    config, groups = self._config, self._by_prompt()
     rows = config.train.num_queries * config.sampler.num_samples
-    weights = np.array([float(i in self.replay) for i in range(len(self._task.examples))])
-    plan = data.plan_step(config.seed, step, weights, rows, config.behavior)
+    shares = len(self._sampler.devices)
+    shares *= num_micro_batches(config, shares)
+    together = max(n for n in range(1, min(map(len, groups)) + 1) if n == 1 or rows % (n * shares) == 0)
+    plan = data.plan_step(config.seed, step, np.ones(len(groups)), rows // together, self._behavior)
     rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
-    drawn = [self.replay.sample(int(q), 1, rng, config.replay.prioritized) for q in plan.query_ids]
-    return self._batch(plan.query_ids, *(np.concatenate(field) for field in zip(*drawn))), {}
-
-
-COLLECTORS = {"gfn": Collector, "sft": DemonstrationCollector}
+    drawn = [groups[g] if together == 1 else rng.choice(groups[g], together, replace=False) for g in plan.query_ids]
+    queries = np.array([ids[0] for ids in drawn])
+    rationales = [self.replay.sample(int(i), 1, rng, config.replay.prioritized) for ids in drawn for i in ids]
+    return self._batch(queries, *(np.concatenate(field) for field in zip(*rationales))), {}

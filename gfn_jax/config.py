@@ -13,7 +13,7 @@ from gfn_jax.models.decoder import REMATS
 from gfn_jax.models.hf import DTYPES
 from gfn_jax.models.quantization import QUANTIZATIONS
 
-METHODS = ("gfn", "sft")
+METHODS = ("gfn", "sft", "ppo", "grpo")
 
 # Fields that may differ when a run goes on: they do not change the mathematics of a step.
 RESUMABLE = (
@@ -24,6 +24,7 @@ RESUMABLE = (
   "checkpoint",
   "debug_nans",
   "profile",
+  "wandb_project",
   "data.dir",
   "eval.every_steps",
 )
@@ -37,10 +38,11 @@ def base_config() -> ml_collections.ConfigDict:
     "variant": "",
     "task": "",
     "seed": 0,
-    "method": "gfn",  # or "sft": supervised fine-tuning on the demonstrations
+    "method": "gfn",  # or a baseline: "sft" on the demonstrations; "ppo" and "grpo" maximise the same log R
     "debug_nans": False,  # stop at the first NaN that a compiled function returns
     "profile": False,  # write a jax.profiler trace of a few steps
     "deterministic": False,  # GPU: deterministic kernels only
+    "wandb_project": ml_collections.config_dict.placeholder(str),  # of Weights & Biases; None: it is told nothing
     "model": c({
       "name": "embedded/arith-2m",  # a hub id, a folder, a .gguf file, or embedded/NAME
       "revision": ml_collections.config_dict.placeholder(str),  # of a hub repository
@@ -61,6 +63,20 @@ def base_config() -> ml_collections.ConfigDict:
       "subtb_lambda": 1.0,
       "log_partition_learning_rate": 0.1,  # tb only: one learned log_partition per training query
     }),
+    # Proximal policy optimisation, as the paper's baseline: section 4.4 and, where it is silent, TRL's defaults.
+    "ppo": c({
+      "num_epochs": 4,  # updates on a step's trajectories
+      "clip": 0.2,
+      "value_clip": 0.2,
+      "value_weight": 0.1,
+      "discount": 1.0,
+      "gae_lambda": 0.95,
+      "kl_coefficient": 0.2,  # at the start; it adapts
+      "kl_target": 6.0,  # nats a trajectory
+      "kl_horizon": 10_000,  # trajectories
+    }),
+    # Group-relative policy optimisation; REINFORCE with a group's mean as baseline where scale is False.
+    "grpo": c({"num_epochs": 1, "clip": 0.2, "kl_coefficient": 0.04, "scale": True}),
     "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20}),
     # Shares of a step's queries; what is left of 1 samples from the policy as it is.
     "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}),
@@ -110,6 +126,7 @@ def base_config() -> ml_collections.ConfigDict:
       "temperature": 0.1,
       "max_length": 32,
       "baselines": True,
+      "shots": (),  # demonstrations before a question, for the base: a row of the table each
       "encoder": ml_collections.config_dict.placeholder(str),  # of sentences: hub id or folder of a BERT
       "evaluators": ("accuracy",),  # files of gfn_jax/evaluators: in training and at the end
       "test_evaluators": (),  # at the end alone
@@ -218,19 +235,23 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
     "behavior.temperature_low", "data.seeded_weight", "replay.inverse_prompt_samples", "em.num_rationales",
-    "em.num_steps", "em.batch_size", "em.learning_rate",
+    "em.num_steps", "em.batch_size", "em.learning_rate", "ppo.num_epochs", "ppo.clip", "ppo.value_clip",
+    "ppo.kl_target", "ppo.kl_horizon", "grpo.num_epochs", "grpo.clip",
   )  # fmt: skip
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
     "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
-    "em.num_rounds", "em.warmup_steps",
+    "em.num_rounds", "em.warmup_steps", "ppo.value_weight", "ppo.kl_coefficient", "grpo.kl_coefficient",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")
   for field in natural:
     _require(flat[field] >= 0, f"config.{field} is {flat[field]}: must not be negative")
-  for field in ("lora.dropout", "behavior.buffer", "behavior.tempered", "replay.similarity", "loss.subtb_lambda"):
+  for field in (
+    "lora.dropout", "behavior.buffer", "behavior.tempered", "replay.similarity", "loss.subtb_lambda", "ppo.discount",
+    "ppo.gae_lambda",
+  ):  # fmt: skip
     _require(0 <= flat[field] <= 1, f"config.{field} is {flat[field]}: must lie between 0 and 1")
   _require(config.lora.dropout < 1, f"config.lora.dropout is {config.lora.dropout}: must be below 1")
   _require(config.loss.subtb_lambda > 0, f"config.loss.subtb_lambda is {config.loss.subtb_lambda}: must be above 0")
@@ -272,5 +293,9 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     (t.keep == "last" and not t.patience) or config.eval.num_validation > 0,
     f"config.train.keep {t.keep!r} and config.train.patience {t.patience} go by held-out queries: "
     "config.eval.num_validation must be positive",
+  )
+  _require(
+    config.method != "grpo" or s.num_samples > 1,
+    f"config.sampler.num_samples {s.num_samples}: method 'grpo' compares the samples of a query, and needs at least 2",
   )
   _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

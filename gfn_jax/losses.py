@@ -20,9 +20,9 @@ import chex
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from gfn_jax.types import Array
+from gfn_jax.types import Acts, Array
 
 LOSS_NAMES = ("subtb", "tb", "vargrad", "db")  # GFlowNet objectives: what config.loss.name may be
 
@@ -233,6 +233,57 @@ def sft_terms(
   log_ratio, complete = _log_ratio(log_pf, log_pterm, jnp.zeros_like(log_pterm), terminable)
   tokens = jnp.where(complete, action_mask.sum(axis=1) + 1, 0)
   return jnp.where(complete, log_ratio, 0.0).sum(), tokens.sum().astype(log_ratio.dtype)
+
+
+def act_log_probs(
+  log_pf: Float[Array, "B T"], log_pterm: Float[Array, "B S"], length: Int[Array, "B"]
+) -> Float[jax.Array, "B S"]:
+  """log q of what was done at each prefix of a row: its next token, and at its end the stop. Past that: unspecified."""
+  last = jnp.arange(log_pterm.shape[1]) == jnp.asarray(length)[:, None]
+  return jnp.where(last, log_pterm, jnp.pad(log_pf, ((0, 0), (0, 1))))
+
+
+def ppo_terms(
+  log_prob: Float[Array, "B S"],
+  value: Float[Array, "B S"],
+  acts: Acts,
+  *,
+  clip: float,
+  value_clip: float,
+  value_weight: float,
+) -> Terms:
+  """Proximal policy optimisation (Schulman et al., 2017, Eq. 9, without the entropy), meant over the acts.
+
+      -min(r A, clip(r, 1 - clip, 1 + clip) A) + value_weight / 2 max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2)
+
+  Args:
+    log_prob: of the acts under the policy, nats. value: its predictions. acts: what was measured before the update.
+  """
+  near = acts.value + jnp.clip(value - acts.value, -value_clip, value_clip)
+  value_loss = jnp.maximum((value - acts.value_target) ** 2, (near - acts.value_target) ** 2) / 2
+  loss = _clipped(log_prob, acts, clip) + value_weight * value_loss
+  return jnp.where(acts.mask, loss, 0.0).sum(), acts.mask.sum().astype(loss.dtype)
+
+
+def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coefficient: float) -> Terms:
+  """Group-relative policy optimisation (Shao et al., 2024, Eq. 3): meant over a row's acts, and then over the rows.
+
+  The penalty is their Eq. 4, p / q - log(p / q) - 1 >= 0 for the reference's p. With one update a step and advantages
+  that are centred only, this is REINFORCE with the group's mean as its baseline.
+
+  Args:
+    log_prob: of the acts under the policy, nats. acts: what was measured before the update.
+  """
+  log_ratio = jnp.where(acts.mask, acts.log_reference - log_prob, 0.0)
+  loss = _clipped(log_prob, acts, clip) + kl_coefficient * (jnp.expm1(log_ratio) - log_ratio)
+  number = acts.mask.sum(axis=1)
+  rows = jnp.where(acts.mask, loss, 0.0).sum(axis=1) / jnp.maximum(number, 1)
+  return rows.sum(), (number > 0).sum().astype(loss.dtype)
+
+
+def _clipped(log_prob, acts: Acts, clip: float):
+  ratio = jnp.exp(jnp.where(acts.mask, log_prob - acts.log_prob, 0.0))
+  return -jnp.minimum(ratio * acts.advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * acts.advantage)
 
 
 def loss_terms(

@@ -8,6 +8,7 @@ import pathlib
 import sys
 import time
 from typing import Any
+import uuid
 
 import tensorboardX
 import tqdm
@@ -47,8 +48,24 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 class MetricsWriter:
   """Writes a run's metrics from process 0. A context manager."""
 
-  def __init__(self, workdir: pathlib.Path, first_step: int, num_steps: int):
-    """`first_step`: steps already made; what the files hold beyond it is dropped."""
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    first_step: int,
+    num_steps: int,
+    *,
+    wandb_project: str | None = None,
+    config: Mapping[str, Any] | None = None,
+  ):
+    """Opens the files.
+
+    Args:
+      first_step: steps already made; what the files hold beyond it is dropped.
+      wandb_project: of Weights & Biases, where the same numbers go; `config`: what is shown with them there.
+
+    Raises:
+      ValueError: wandb is wanted and not installed.
+    """
     for name in ("metrics.jsonl", "samples.jsonl"):
       truncate_jsonl(workdir / name, first_step)
     self._metrics = (workdir / "metrics.jsonl").open("a")
@@ -58,6 +75,7 @@ class MetricsWriter:
       total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )
     self._num_steps = num_steps
+    self._wandb = None if wandb_project is None else _start_wandb(workdir, wandb_project, config)
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -67,13 +85,17 @@ class MetricsWriter:
     self._metrics.close()
     self._samples.close()
     self._board.close()
+    if self._wandb is not None:
+      self._wandb.finish()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """One JSON line and its TensorBoard scalars."""
+    """One JSON line, its TensorBoard scalars, and what Weights & Biases is told."""
     self._metrics.write(json.dumps({"step": step, **values}) + "\n")
     self._metrics.flush()
     for name, value in values.items():
       self._board.add_scalar(name, value, step)
+    if self._wandb is not None:
+      self._wandb.log(dict(values), step=step)
 
   def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
     """Samples of an evaluation, a JSON line each."""
@@ -95,6 +117,20 @@ class MetricsWriter:
     """Prints above the bar."""
     self._bar.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:
+  """A run of Weights & Biases: the same one whenever this workdir goes on."""
+  try:
+    import wandb
+  except ImportError:
+    raise ValueError(f"config.wandb_project {project!r} needs wandb: pip install 'gfn-jax[wandb]'") from None
+  file = workdir / "wandb_id"
+  if not file.exists():
+    write_text(file, uuid.uuid4().hex[:8])
+  return wandb.init(
+    project=project, id=file.read_text(), resume="allow", name=workdir.name, config=dict(config or {}), dir=str(workdir)
+  )  # fmt: skip
 
 
 class StepLog:

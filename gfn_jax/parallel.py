@@ -27,6 +27,11 @@ def split(tree: Any, devices: Sequence[jax.Device]) -> Any:
   return jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), tree)
 
 
+def micro_batches(batch: Any, number: int) -> Any:
+  """Leading axis [M * n, ...] -> [M, n, ...] of every array of a batch, as `jax.lax.scan` takes it."""
+  return jax.tree.map(lambda x: x.reshape(number, x.shape[0] // number, *x.shape[1:]), batch)
+
+
 def make_mesh(devices: Sequence[jax.Device], num_model: int) -> Mesh:
   """Devices by (data, model): `num_model` neighbours hold one copy of the model between them.
 

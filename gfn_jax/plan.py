@@ -28,8 +28,8 @@ from gfn_jax.models.partition import check_split, largest_split, tree_shardings
 from gfn_jax.models.quantization import quantize
 from gfn_jax.models.shapes import SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
-from gfn_jax.train import make_optimizer, starting_adapter, step_settings, train_step
-from gfn_jax.types import Batch, TrainState
+from gfn_jax.train import initial_trained, make_optimizer, starting_adapter, step_settings, train_step
+from gfn_jax.types import Acts, Batch, TrainState
 
 PROMPT_TOKENS = 24  # what a question of four operands takes, to the next multiple of 8
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -111,9 +111,8 @@ def abstract_state(config: ml_collections.ConfigDict, model: ModelConfig) -> Tra
   """Adapter and optimiser as shapes and dtypes. A learned log_partition, 4 bytes a query, has a step's queries only."""
 
   def start():
-    trained: dict[str, Any] = {"lora": starting_adapter(config, Pretrained(model, {}, None, config.model.name))}
-    if config.loss.name == "tb":
-      trained["log_partition"] = jnp.zeros(config.train.num_queries)
+    lora = starting_adapter(config, Pretrained(model, {}, None, config.model.name))
+    trained = initial_trained(config, model, lora, config.train.num_queries)
     return TrainState(jnp.int32(0), trained, make_optimizer(config).init(trained))
 
   return jax.eval_shape(start)
@@ -133,6 +132,9 @@ def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Bat
     action_mask=array((rows, t), bool),
     terminable=array((rows, t + 1), bool),
     log_reward_untempered=array((rows, t + 1), jnp.float32),
+    acts=Acts(array((rows, t + 1), bool), *[array((rows, t + 1), jnp.float32)] * 5)
+    if config.method in ("ppo", "grpo")
+    else None,
   )
 
 

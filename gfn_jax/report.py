@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 
-LABELS = {"base": "base, zero-shot", "gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning"}
+LABELS = {"gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning"}
 
 
 def label(method: str) -> str:

@@ -94,9 +94,9 @@ def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax
   return encode, score
 
 
-def _bucket(n: int) -> int:
-  """The next of 32, 48, 64, 96, 128, ...: every size is a program to compile."""
-  size = 32
+def _bucket(n: int, smallest: int = 32) -> int:
+  """The next of 32, 48, 64, 96, 128, ... (from `smallest`, a power of 2): every size is a program to compile."""
+  size = smallest
   while size < n:
     size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
   return size
@@ -218,12 +218,14 @@ class RewardModel:
   def _next_chunk(self, trees: list[_Tree]) -> tuple[list[_Tree], list[np.ndarray]]:
     """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
     branch_tokens = max(1, trees[0].arrays["target_tokens"].shape[0] - 1)
-    nodes = _bucket(trees[0].size)  # of branches there are as many
+    nodes = _bucket(trees[0].size)
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
     fitting = max(1, limit // (nodes * branch_tokens))
     needed = -(-len(trees) // len(self._devices))
     per_device = min(1 << (fitting.bit_length() - 1), 1 << (needed - 1).bit_length())
     chunk = trees[: per_device * len(self._devices)]
+    # Whole samples alone are few branches; all prefixes are as many as there are nodes.
+    branches = min(nodes, _bucket(max(tree.num_branches for tree in chunk), smallest=8))
 
     def padded(tree):
       a, size = dict(tree.arrays), len(tree.arrays["tokens"])
@@ -234,7 +236,7 @@ class RewardModel:
       ancestors = np.zeros((nodes + 1, nodes), bool)
       ancestors[:size, :size] = a["ancestors"][:-1]
       a["ancestors"] = ancestors
-      a["branches"] = np.pad(move_root(a["branches"]), (0, nodes - tree.num_branches), constant_values=nodes)
+      a["branches"] = np.pad(move_root(a["branches"]), (0, branches - tree.num_branches), constant_values=nodes)
       return a
 
     rows = [padded(t) for t in chunk]

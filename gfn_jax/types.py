@@ -124,6 +124,24 @@ def terminable_prefixes(length: Array, action_mask: Array) -> np.ndarray:
 
 
 @flax.struct.dataclass
+class Acts:
+  """What policy gradients know of a step's trajectories before they update: [B, S], of what is done at each prefix.
+
+  Attributes:
+    mask: bool, where the policy acts: it chose the next token, or to stop.
+    log_prob: log q of the act under the policy that sampled, nats; log_reference: under the base.
+    advantage: of the act. value: predicted at the prefix; value_target: what it should have been.
+  """
+
+  mask: Any
+  log_prob: Any
+  log_reference: Any
+  advantage: Any
+  value: Any
+  value_target: Any
+
+
+@flax.struct.dataclass
 class Batch:
   """What one training step learns from. Leading axis Q (queries) or B = Q * N (rows, grouped by query).
 
@@ -132,6 +150,7 @@ class Batch:
     query_ids: int [Q], rows of the training set.
     tokens, length, action_mask, terminable: as in `Trajectory`.
     log_reward_untempered: float [B, S].
+    acts: of policy-gradient methods alone.
   """
 
   prompt_tokens: Any
@@ -142,6 +161,7 @@ class Batch:
   action_mask: Any
   terminable: Any
   log_reward_untempered: Any
+  acts: Acts | None = None
 
 
 @flax.struct.dataclass
@@ -149,9 +169,9 @@ class TrainState:
   """Everything that an update changes.
 
   Attributes:
-    step: int scalar, updates made.
-    trained: {"lora": Lora, "log_partition": float [num_queries]}; the second only for the loss that learns it. In
-      full fine-tuning: the model's parameters.
+    step: int scalar, steps made.
+    trained: {"lora": Lora}, with the loss that learns it {"log_partition": float [num_queries]}, with a critic
+      {"value": its parameters}. In full fine-tuning: the model's parameters.
     opt_state: of optax, for `trained`.
   """
 

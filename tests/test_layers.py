@@ -11,7 +11,7 @@ from testing import REPOSITORY
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
   ("types", "version", "files", "named"),
-  ("tools", "prefix_tree", "losses", "replay"),
+  ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
   ("policy", "likelihood"),
   ("sampler", "rewards"),
@@ -26,6 +26,7 @@ LAYERS = (
   ("experiment",),
   ("config",),
   ("workdir", "collect", "selection"),
+  ("on_policy",),
   ("report",),
   ("plots",),
   ("train",),

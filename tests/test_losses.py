@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gfn_jax import losses
+from gfn_jax.types import Acts
 from testing import run_python, shared_folder
 
 LAMBDAS = (1.0, 0.9, 0.5)
@@ -445,3 +446,66 @@ def test_sft_learns_from_nothing_else():
   action_mask = jnp.array([[True, True, False]])
   grads = jax.grad(lambda a, b: losses.sft_terms(a, b, terminable, action_mask)[0], argnums=(0, 1))(log_pf, log_pterm)
   assert grads[0].tolist() == [[-1, -1, 0]] and grads[1].tolist() == [[0, 0, -1, 0]]
+
+
+def make_acts(rng, shape):
+  draw = lambda: jnp.asarray(rng.normal(size=shape))  # noqa: E731
+  return Acts(jnp.asarray(rng.random(shape) < 0.7), draw(), draw(), draw(), draw(), draw())
+
+
+def test_ppo_is_the_double_loop_of_its_definition():
+  rng = np.random.default_rng(0)
+  acts, log_prob, value = make_acts(rng, (4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
+  numerator, denominator = losses.ppo_terms(log_prob, value, acts, clip=0.2, value_clip=0.3, value_weight=0.1)
+  total = 0.0
+  for at in zip(*np.nonzero(acts.mask)):
+    ratio, advantage = np.exp(log_prob[at] - acts.log_prob[at]), acts.advantage[at]
+    policy = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
+    near = min(max(value[at], acts.value[at] - 0.3), acts.value[at] + 0.3)
+    target = acts.value_target[at]
+    total += policy + 0.1 * 0.5 * max((value[at] - target) ** 2, (near - target) ** 2)
+  np.testing.assert_allclose(numerator, total, rtol=1e-5)
+  assert denominator == acts.mask.sum()
+
+
+def test_grpo_is_the_double_loop_of_its_definition():
+  rng = np.random.default_rng(1)
+  acts, log_prob = make_acts(rng, (4, 6)), rng.normal(size=(4, 6))
+  acts = acts.replace(mask=acts.mask & (np.arange(4) != 2)[:, None])  # a row without an act counts nowhere
+  numerator, denominator = losses.grpo_terms(log_prob, acts, clip=0.2, kl_coefficient=0.04)
+  total = 0.0
+  for row in (0, 1, 3):
+    terms = []
+    for t in np.flatnonzero(acts.mask[row]):
+      ratio, advantage = np.exp(log_prob[row, t] - acts.log_prob[row, t]), acts.advantage[row, t]
+      rest = acts.log_reference[row, t] - log_prob[row, t]
+      terms.append(-min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage) + 0.04 * (np.exp(rest) - rest - 1))
+    total += np.mean(terms)
+  np.testing.assert_allclose(numerator, total, rtol=1e-5)
+  assert denominator == 3
+
+
+@pytest.mark.parametrize("loss", ("ppo", "grpo"))
+def test_policy_gradients_start_as_reinforce(loss):
+  # Before the first update the ratio is 1: the gradient is that of -A log q, meant over the acts.
+  rng = np.random.default_rng(2)
+  acts = make_acts(rng, (3, 5))
+  acts = acts.replace(mask=jnp.ones((3, 5), bool), log_reference=acts.log_prob)
+
+  def value(log_prob):
+    if loss == "ppo":
+      numerator, denominator = losses.ppo_terms(
+        log_prob, acts.value, acts, clip=0.2, value_clip=0.2, value_weight=0.1
+      )  # fmt: skip
+    else:
+      numerator, denominator = losses.grpo_terms(log_prob, acts, clip=0.2, kl_coefficient=0.04)
+    return numerator / denominator
+
+  np.testing.assert_allclose(jax.grad(value)(jnp.asarray(acts.log_prob)), -acts.advantage / 15, rtol=1e-4)
+
+
+def test_acts_are_the_next_token_and_at_the_end_the_stop():
+  log_pf, log_pterm = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
+  found = losses.act_log_probs(log_pf, log_pterm, np.array([1, 2]))
+  np.testing.assert_array_equal(found[0, :2], [1, 20])
+  np.testing.assert_array_equal(found[1], [3, 4, 60])

@@ -116,7 +116,7 @@ def test_a_person_sees_the_plan_the_steps_and_the_table(smoke):
       assert part in line
   assert any(x.startswith("evaluation after step 2") for x in lines)
   assert any("log R" in x and "log q" in x and "Question: " in x for x in lines)
-  for row in ("| base, zero-shot", "| base, 3 demonstrations", "| GFlowNet fine-tuning"):
+  for row in ("| base  ", "| base, 3 demonstrations", "| GFlowNet fine-tuning"):
     assert any(line.startswith(row) for line in lines)
   assert "\r" not in out and "it/s" not in out  # no progress bar
   assert str(workdir) in lines[-1]

@@ -49,8 +49,8 @@ class Suite:
         raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
-    shown = len(task.context_tokens(config.reward.num_demonstrations))  # to the reward, and to the base
-    reserved = shown + max(config.sampler.max_length, config.eval.max_length)
+    shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
+    reserved = max(len(task.context_tokens(k)) for k in shots) + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._evaluators, self._test_evaluators = (self._make(names, ()) for names in self._names)
@@ -89,18 +89,17 @@ class Suite:
     on_round: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
   ) -> Evaluation:
-    """Test metrics of the policy, of the base, and of the base with demonstrations: "arith/gfn/accuracy/3", ...
+    """Test metrics of the policy, of the base, and of the base with config.eval.shots: "arith/gfn/accuracy/3", ...
 
     Args:
       lora: the policy's adapter; None for the base alone.
     """
     task, config = self._parts.task, self._parts.config
-    shots, method = config.reward.num_demonstrations, config.method
-    context = task.context_tokens(shots)
+    method = config.method
     rows = [] if lora is None else [(method, lora, ())]
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
-      rows += [("base", off, ())] + ([(f"base_{shots}shot", off, context)] if context else [])
+      rows += [("base", off, ())] + [(f"base_{k}shot", off, task.context_tokens(k)) for k in config.eval.shots]
     results, samples = {}, []
     number = sum(map(len, self._test.values()))
     for row, adapter, before in rows:

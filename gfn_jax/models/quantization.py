@@ -2,8 +2,9 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, Float
 import numpy as np
 
 QUANTIZATIONS = ("int8",)
@@ -25,7 +26,23 @@ def quantize(kernel: np.ndarray, quantization: str) -> Any:
 def matmul(x: Array, kernel: Any) -> Array:
   """x @ kernel, which may be quantised; differentiable in x."""
   if not hasattr(kernel, "qvalue"):
-    return x @ kernel
+    return x @ kernel if x.dtype == jnp.float32 else _half_matmul(x, kernel)
   import qwix
 
   return qwix.dot(x, kernel)
+
+
+def _sum_in_float32(x: Array, y: Array) -> Array:
+  return jax.lax.dot(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+# CPUs with bfloat16 instructions use them only where the result is asked for in float32, in the backward pass too.
+@jax.custom_vjp
+def _half_matmul(x: Float[Array, "N K"], kernel: Float[Array, "K M"]) -> Float[Array, "N M"]:
+  return _sum_in_float32(x, kernel)
+
+
+_half_matmul.defvjp(
+  lambda x, kernel: (_sum_in_float32(x, kernel), (x, kernel)),
+  lambda saved, g: (_sum_in_float32(g, saved[1].T), _sum_in_float32(saved[0].T, g)),
+)

@@ -1,0 +1,137 @@
+"""Batches of the reward-maximising baselines: trajectories of the policy as it is, with advantages of their log R."""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Float
+import ml_collections
+import numpy as np
+
+from gfn_jax import data, policy
+from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
+from gfn_jax.collect import Collector
+from gfn_jax.config import num_micro_batches
+from gfn_jax.losses import act_log_probs
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.parallel import micro_batches, split
+from gfn_jax.types import Acts, Batch, Queries
+
+ON_POLICY = ml_collections.FrozenConfigDict(dict(buffer=0.0, tempered=0.0, temperature_low=1.0, temperature_high=1.0))
+
+
+def measure(
+  model: ModelConfig,
+  stop_token_id: int,
+  max_length: int,
+  num_micro_batches: int,
+  params: dict,
+  allowed_tokens: jax.Array,
+  trained: dict,
+  batch: Batch,
+) -> tuple[Float[jax.Array, "B S"], Float[jax.Array, "B S"], Float[jax.Array, "B S"]]:
+  """log q of each act under the policy and under the base, nats, and the critic's values (0 without a critic)."""
+
+  def of(micro: Batch):
+    def score(lora):
+      states = policy.prefix_states(model, params, lora, micro.prompt_tokens, micro.prompt_mask, micro.tokens)
+      log_pf, log_pterm = policy.score_states(
+        model, params, states, micro.tokens, micro.length, micro.action_mask, allowed_tokens=allowed_tokens,
+        stop_token_id=stop_token_id, max_length=max_length,
+      )  # fmt: skip
+      return act_log_probs(log_pf, log_pterm, micro.length), states
+
+    (log_prob, states), (log_reference, _) = score(trained["lora"]), score(None)
+    value = policy.state_values(trained["value"], states) if "value" in trained else jnp.zeros_like(log_prob)
+    return log_prob, log_reference, value
+
+  rows = jax.lax.map(of, micro_batches(batch, num_micro_batches))
+  return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
+
+
+class OnPolicyCollector(Collector):
+  """Samples every query from the policy, and scores whole samples alone: prefixes bring no reward of their own."""
+
+  def __init__(self, parts: Any, table: Queries):
+    super().__init__(parts, table)
+    self._behavior, config = ON_POLICY, parts.config
+    self._devices, self._allowed = parts.devices, jnp.asarray(parts.task.allowed_tokens)
+    self._measure = jax.pmap(
+      functools.partial(
+        measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
+        num_micro_batches(config, len(parts.devices)),
+      ),
+      in_axes=(None, None, None, 0), devices=parts.devices,
+    )  # fmt: skip
+
+  def _score(self, ids, z):
+    whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
+    return self._reward(self._table[ids], z.tokens, z.length, whole)
+
+  def seed_replay(self) -> np.ndarray:
+    """Nothing: there is no buffer."""
+    return np.zeros(0, np.float32)
+
+  def __call__(
+    self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
+  ) -> tuple[Batch, dict[str, float]]:
+    """The step's batch with its `Acts`, and metrics of its samples."""
+    config = self._config
+    plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, self._behavior)
+    every = np.arange(len(plan.query_ids))
+    z, log_reward = self._sample(trained["lora"], plan, every, key, on_round)
+    batch = self._batch(plan.query_ids, z.tokens, z.length, z.action_mask, log_reward)
+    measured = self._measure(self._params, self._allowed, trained, split(batch, self._devices))
+    log_prob, log_reference, value = (np.asarray(x).reshape(log_reward.shape) for x in measured)
+    prefixes, length = np.arange(log_reward.shape[1]), z.length[:, None]
+    stops = (prefixes == length) & (length < config.sampler.max_length)
+    mask = (np.pad(z.action_mask, ((0, 0), (0, 1))) & (prefixes < length)) | stops
+    acts = Acts(mask, log_prob, log_reference, np.zeros_like(value), value, np.zeros_like(value))
+    final = np.take_along_axis(log_reward, length, axis=1)[:, 0]
+    kl = float(np.where(mask, log_prob - log_reference, 0.0).sum(axis=1).mean())
+    acts, metrics = self._advantages(acts, final, kl)
+    acts = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(np.float32), acts)
+    metrics = self._sample_metrics(plan, every, z, log_reward) | metrics
+    return batch.replace(acts=acts), metrics | {"kl_reference": kl}
+
+  def _advantages(self, acts: Acts, log_reward: Float[np.ndarray, "B"], kl: float) -> tuple[Acts, dict[str, float]]:
+    """Fills in advantages and the critic's targets; `log_reward` of the whole samples, `kl` nats a trajectory."""
+    raise NotImplementedError
+
+
+class PPOCollector(OnPolicyCollector):
+  """Advantages by a critic; each act pays for its log-ratio to the base, the last one earns log R.
+
+  The coefficient of that payment adapts, and is the collector's state.
+  """
+
+  def __init__(self, parts: Any, table: Queries):
+    super().__init__(parts, table)
+    self._kl_coefficient = float(parts.config.ppo.kl_coefficient)
+
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    return {"kl_coefficient": np.float64(self._kl_coefficient)}
+
+  def restore(self, arrays: Mapping[str, np.ndarray]) -> None:
+    self._kl_coefficient = float(arrays["kl_coefficient"])
+
+  def _advantages(self, acts, log_reward, kl):
+    c, used = self._config.ppo, self._kl_coefficient
+    rewards = np.where(acts.mask, -used * (acts.log_prob - acts.log_reference), 0.0)
+    last = acts.mask.shape[1] - 1 - np.argmax(acts.mask[:, ::-1], axis=1)
+    rewards[np.arange(len(last)), last] += log_reward
+    advantages, targets = gae(rewards, acts.value, acts.mask, c.discount, c.gae_lambda)
+    self._kl_coefficient = adapt_kl_coefficient(used, kl, c.kl_target, c.kl_horizon, len(log_reward))
+    return acts.replace(advantage=whiten(advantages, acts.mask), value_target=targets), {"kl_coefficient": used}
+
+
+class GRPOCollector(OnPolicyCollector):
+  """Advantages by comparison with a query's other samples."""
+
+  def _advantages(self, acts, log_reward, kl):
+    del kl
+    config = self._config
+    advantage = group_advantages(log_reward, config.sampler.num_samples, config.grpo.scale)
+    return acts.replace(advantage=np.where(acts.mask, advantage[:, None], 0.0)), {}
