@@ -143,7 +143,7 @@ def test_the_record_of_a_sweep(tmp_path):
     write_record(tmp_path, "configs/own.py", "three", "", runs)
 
 
-# A run: notes its start and, once a file "go" is there, its end; a SIGTERM makes it save and exit, as gfn_jax.main does.
+# A run: notes its start and, once a file "go" is there, its end; SIGTERM makes it save and exit, as gfn_jax.main does.
 RUN = """
 import os, pathlib, signal, sys, time
 folder = pathlib.Path(sys.argv[1])
@@ -336,7 +336,7 @@ def python(code):
 def test_a_run_that_fails_is_reported_and_the_others_go_on(scratch, tmp_path, capsys):
   save = "import pathlib; pathlib.Path({!r}).write_text('{{\"meta/num_steps\": 5}}')"
   jobs = [
-    Job(tmp_path / "bad", python("import sys; sys.exit('first line\\nerror: no such day\\n')"), 5),
+    Job(tmp_path / "bad", python("import sys; sys.exit('first line\\nerror: no such day')"), 5),
     Job(tmp_path / "empty", python("print('nothing done')"), 5),
     Job(tmp_path / "good", python(save.format(str(tmp_path / "good" / "results.json"))), 5),
   ]
@@ -344,9 +344,9 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(scratch, tmp_path, ca
   out = sorted(capsys.readouterr().out.splitlines())
   assert len(out) == 3
   assert re.search(
-    r"bad: failed after \d s: exit code 1: error: no such day \(.*/bad/stderr.log\)$", "\n".join(out), re.M
+    r"bad: failed after \d+ s: exit code 1: error: no such day \(.*/bad/stderr.log\)$", "\n".join(out), re.M
   )
-  assert re.search(r"empty: failed after \d s: it left no results.json \(", "\n".join(out))
+  assert re.search(r"empty: failed after \d+ s: it left no results.json \(", "\n".join(out))
   assert (tmp_path / "empty" / "stdout.log").read_text() == "nothing done\n"
   assert (tmp_path / "bad" / "stderr.log").read_text() == "first line\nerror: no such day\n"
   assert jobs[2].is_finished() and not jobs[0].is_finished()
@@ -384,6 +384,10 @@ SLURM = {
       echo "$(basename "$file")|$state|here"
     done
   """,
+  "scontrol": """
+    SLURM_JOB_ID=$2 setsid bash "$SLURM_TEST.sh" >/dev/null 2>&1 &
+    echo $! > "$SLURM_TEST/$2"
+  """,
 }
 
 
@@ -414,6 +418,19 @@ def test_slurm_jobs_are_found_again_not_submitted_twice(slurm, tmp_path, capsys)
   assert re.fullmatch(r"1/1 run0: finished after \d+ s\n", capsys.readouterr().out)
   assert count(tmp_path, "start") == {"run0": 1}
   assert len(list((tmp_path / "jobs").iterdir())) == 1
+
+
+def test_a_run_whose_time_on_slurm_is_up_saves_and_is_queued_again(slurm, tmp_path):
+  job = Job(tmp_path / "run0", (*python(RUN), str(tmp_path / "run0")), 5)
+  submitted = slurm.submit(job, 0)
+  (_, _, run, worker), *_ = wait_for_starts(tmp_path, 1)
+  os.kill(worker, signal.SIGUSR2)  # as Slurm does, a while before it kills
+  wait_for_starts(tmp_path, 2)
+  assert [e[0] for e in events(tmp_path)] == ["start", "saved", "start"]
+  assert events(tmp_path)[1][2] == run
+  go(tmp_path)
+  assert submitted.result() == (0, "")
+  assert job.is_finished()
 
 
 def test_slurm_that_is_not_here(scratch):
