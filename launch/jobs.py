@@ -50,6 +50,7 @@ def handling(handler: Callable | signal.Handlers, *signals: signal.Signals) -> I
 
 
 def last_line(text: str) -> str:
+  """The last line that is not blank; "" where there is none."""
   return next((line.strip() for line in reversed(text.splitlines()) if line.strip()), "")
 
 
@@ -183,15 +184,21 @@ class Slurm:
     return False
 
 
-def outcome(job: Job, handle: submitit.Job) -> tuple[str, str]:
-  """What became of a job that is done: "finished", "interrupted" or "failed", and why."""
+def outcome(job: Job, handle: submitit.Job, stopped: bool) -> tuple[str, str]:
+  """What became of a job that is done: "finished", "interrupted" or "failed", and why.
+
+  Args:
+    job: the run.
+    handle: what its submission gave.
+    stopped: it was asked to stop, perhaps before it could understand that.
+  """
   try:
     code, line = handle.result()
   except (FailedJobError, UncompletedJobError):
     code, line = None, last_line(handle.stderr() or "")
   if job.is_finished():
     return "finished", ""
-  if code in (EXIT_CODE, -signal.SIGTERM):
+  if code in (EXIT_CODE, -signal.SIGTERM) or (code is None and stopped):
     return "interrupted", "the same command goes on with it"
   if code is None:
     why = "its worker ended without a result"
@@ -229,7 +236,7 @@ def execute(jobs: Sequence[Job], cluster: Local | Slurm, num_workers: int) -> in
         if not handle.done():
           continue
         del running[slot]
-        what, why = outcome(job, handle)
+        what, why = outcome(job, handle, bool(stopping))
         outcomes.append(what)
         num_finished += what == "finished"
         bar.update(what == "finished")

@@ -25,7 +25,9 @@ _WORKERS = flags.DEFINE_integer("workers", None, "Runs at once; by default 1, on
 _CLUSTER = flags.DEFINE_enum("cluster", "local", ["local", "slurm"], "Where the runs run.")
 _GPUS = flags.DEFINE_integer("gpus", 0, "GPUs of a run; 0, on this machine: all that the sweep sees.", lower_bound=0)
 _PARTITION = flags.DEFINE_string("partition", None, "Slurm: the partition.")
-_HOURS = flags.DEFINE_float("hours", 24.0, "Slurm: time of a job; a longer run saves and is queued again.")
+_HOURS = flags.DEFINE_float(
+  "hours", 24.0, "Slurm: time of a job; a longer run saves and is queued again.", lower_bound=0.1
+)
 _SHARD = flags.DEFINE_string("shard", "0/1", "i/n: every n-th run from run i on, for pod i of n.")
 _DRY_RUN = flags.DEFINE_bool("dry-run", False, "Prints the command line of each run and its state, and runs nothing.")
 
