@@ -5,12 +5,13 @@
     python -m gfn_jax.main --config=configs/arith.py:smollm2        # SmolLM2-135M-Instruct
     python -m gfn_jax.main --config=configs/arith.py:paper          # GPT-J 6B, the paper's Table E.2
     python -m gfn_jax.main --config=configs/arith.py:reference      # GPT-J 6B, the choices of the authors' code
+    python -m launch.sweep --config=configs/arith.py --name=table4  # smoke, table_e3, objectives, misspecified
 
 Expected from the first, in the README's results: the base fails (paper, Table 4: 10.2 / 6.4 / 3.2%), the fine-tuned
 policy solves nearly all problems of 3, 4 and 5 operands.
 """
 
-from gfn_jax.config import base_config, smollm2
+from gfn_jax.config import METHODS, SEEDS, base_config, grid, smollm2
 
 VARIANTS = ("", "smoke", "smollm2", "paper", "reference")
 
@@ -73,3 +74,21 @@ def get_config(variant: str = ""):
   if variant == "reference":
     config.sampler.max_length, config.eval.max_length = 18 + 6, 21 + 8
   return config
+
+
+def sweep(name: str) -> list[tuple[str, dict]]:
+  """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  sweeps = {
+    "smoke": [("smoke", fields) for fields in grid({"method": METHODS})],
+    "table4": [("", fields) for fields in grid({"method": ("gfn", "sft", "ppo", "grpo"), "seed": SEEDS})],
+    "table_e3": [("", fields) for fields in grid({"data.num_seed_rationales": (0, 10, 25, 50), "seed": SEEDS})],
+    "objectives": [("", fields) for fields in grid({"loss.name": ("subtb", "tb", "vargrad", "db"), "seed": SEEDS})],
+    # Nothing shows the frozen LM how to reason, so that its reward prefers a repeated question to steps (Table E.4).
+    "misspecified": [
+      ("", fields)
+      for fields in grid({"reward.num_demonstrations": (0,), "method": ("gfn", "ppo", "grpo"), "seed": SEEDS})
+    ],
+  }
+  if name not in sweeps:
+    raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")
+  return sweeps[name]

@@ -3,6 +3,7 @@
     python -m gfn_jax.main --config=configs/infill.py            # SmolLM2-135M-Instruct, the stories that ship
     python -m gfn_jax.main --config=configs/infill.py:smoke      # embedded LM; what the tests run
     python -m gfn_jax.main --config=configs/infill.py:paper      # a GPT-2 Large fine-tuned on ROCStories, Table C.2
+    python -m launch.sweep --config=configs/infill.py --name=table2
 
 ROCStories is fetched by hand (https://cs.rochester.edu/nlp/rocstories/): --config.data.path=FOLDER with its CSVs. The
 LM of `:paper` is made first, by `python -m gfn_jax.finetune --config=configs/finetune.py:paper` (see there);
@@ -12,7 +13,7 @@ LM of `:paper` is made first, by `python -m gfn_jax.finetune --config=configs/fi
 
 import ml_collections
 
-from gfn_jax.config import base_config, smollm2
+from gfn_jax.config import SEEDS, base_config, grid, smollm2
 
 VARIANTS = ("", "smoke", "paper")
 
@@ -65,3 +66,13 @@ def get_config(variant: str = ""):
     config.infill.num_validation, config.eval.num_validation = 50, 50
     config.eval.num_votes = 1024
   return config
+
+
+def sweep(name: str) -> list[tuple[str, dict]]:
+  """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  sweeps = {
+    "table2": [("", fields) for fields in grid({"method": ("gfn", "sft"), "seed": SEEDS})],
+  }
+  if name not in sweeps:
+    raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")
+  return sweeps[name]

@@ -3,6 +3,7 @@
     python -m gfn_jax.main --config=configs/next_sentence.py          # SmolLM2-135M-Instruct, OpenWebText from the hub
     python -m gfn_jax.main --config=configs/next_sentence.py:smoke    # embedded LM and prompts; what the tests run
     python -m gfn_jax.main --config=configs/next_sentence.py:paper    # GPT-2 XL, T = 0.875 of Table B.1
+    python -m launch.sweep --config=configs/next_sentence.py --name=fig3
 
 T is --config.reward.temperature_end (Fig. 3 sweeps 0.8 to 0.95). Prompts of one's own, one a line:
 --config.data.path=prompts.txt --config.next_sentence.kind=prompts. Diversity is measured with --config.eval.encoder, a
@@ -11,7 +12,7 @@ sentence encoder of BERT's type (hub id or folder).
 
 import ml_collections
 
-from gfn_jax.config import base_config, minilm, smollm2
+from gfn_jax.config import base_config, grid, minilm, smollm2
 
 VARIANTS = ("", "smoke", "paper")
 
@@ -71,3 +72,13 @@ def get_config(variant: str = ""):
     config.reward.temperature_horizon = 750  # the reference's; the paper is silent
     config.eval.num_validation = 50
   return config
+
+
+def sweep(name: str) -> list[tuple[str, dict]]:
+  """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  sweeps = {
+    "fig3": [("", fields) for fields in grid({"reward.temperature_end": (0.8, 0.85, 0.875, 0.9, 0.95)})],
+  }
+  if name not in sweeps:
+    raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")
+  return sweeps[name]

@@ -3,6 +3,7 @@
     python -m gfn_jax.main --config=configs/rng.py                  # SmolLM2-135M-Instruct, 0 to 100, uniform
     python -m gfn_jax.main --config=configs/rng.py:smoke            # embedded LM, 0 to 20; what the tests run
     python -m gfn_jax.main --config=configs/rng.py:paper            # instruct GPT-J 6B
+    python -m launch.sweep --config=configs/rng.py --name=fig2
 
 Other targets: --config.rng.target=poisson --config.rng.parameter=30, binomial, geometric, or a table of weights.
 
@@ -12,7 +13,7 @@ Expected from the first, in the README's results: the exact KL(q || target) fall
 
 import ml_collections
 
-from gfn_jax.config import base_config, smollm2
+from gfn_jax.config import SEEDS, base_config, grid, smollm2
 
 VARIANTS = ("", "smoke", "paper")
 
@@ -68,3 +69,13 @@ def get_config(variant: str = ""):
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
   return config
+
+
+def sweep(name: str) -> list[tuple[str, dict]]:
+  """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  sweeps = {
+    "fig2": [("", fields) for fields in grid({"method": ("gfn", "ppo"), "seed": SEEDS})],
+  }
+  if name not in sweeps:
+    raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")
+  return sweeps[name]

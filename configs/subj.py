@@ -5,17 +5,18 @@
     python -m gfn_jax.main --config=configs/subj.py:smoke          # embedded LM and reviews; what the tests run
     python -m gfn_jax.main --config=configs/subj.py:paper          # instruct GPT-J 6B, Table D.3
     python -m gfn_jax.main --config=configs/subj.py:reference      # the choices of the authors' code
+    python -m launch.sweep --config=configs/subj.py --name=table3  # table_d4
 
 --config.data.path=FOLDER takes train.jsonl and test.jsonl from a folder (fields text and label, 0 objective, 1
 subjective). A run does config.em.num_rounds rounds of expectation-maximisation: a sampler of reasons
 (`subj/gfn/accuracy/10`), then an LM fine-tuned on them (`subj/gfn_sft/accuracy/10`). 0 rounds: the sampler alone.
 Ablations of Table D.4:
---config.replay.seed_from=nothing, --config.eval.num_votes=1.
+--config.replay.seed_from=nothing, --config.eval.num_votes=1, or the sweep table_d4.
 """
 
 import ml_collections
 
-from gfn_jax.config import base_config, smollm2
+from gfn_jax.config import SEEDS, base_config, grid, smollm2
 
 VARIANTS = ("", "sft", "smoke", "paper", "reference")
 
@@ -78,3 +79,19 @@ def get_config(variant: str = ""):
     config.reward.rival_penalty, config.replay.capacity = 50.0, 100
     config.em.objective = "label"
   return config
+
+
+def sweep(name: str) -> list[tuple[str, dict]]:
+  """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  labels = grid({"subj.num_labels": (10, 20, 50), "seed": SEEDS})
+  sweeps = {
+    "table3": [(variant, fields) for variant in ("", "sft") for fields in labels],
+    "table_d4": [
+      ("", {"replay.seed_from": "nothing"} | votes | fields)
+      for votes in ({}, {"eval.num_votes": 1})
+      for fields in labels
+    ],
+  }
+  if name not in sweeps:
+    raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")
+  return sweeps[name]

@@ -1,7 +1,8 @@
 """The fields of a run, their defaults, and every rule between them, checked before anything compiles."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import importlib.util
+import itertools
 import json
 import pathlib
 from typing import Any
@@ -141,6 +142,14 @@ def base_config() -> ml_collections.ConfigDict:
       "unseeded_weight": 0.2,
     }),
   })  # fmt: skip
+
+
+SEEDS = (0, 1, 2)  # of the paper's tables: mean and standard deviation over three
+
+
+def grid(fields: Mapping[str, Iterable]) -> list[dict[str, Any]]:
+  """Field -> values, as every combination field -> value; the last field varies fastest."""
+  return [dict(zip(fields, values)) for values in itertools.product(*fields.values())]
 
 
 def smollm2() -> str:

@@ -51,3 +51,11 @@ def read_json(path: pathlib.Path) -> dict:
   if not isinstance(content, dict):
     raise ValueError(f"{path} is damaged: it holds a {type(content).__name__} in place of an object")
   return content
+
+
+def finished_steps(workdir: pathlib.Path) -> int:
+  """The steps that results.json stands for; 0 where there is none."""
+  try:
+    return int(json.loads((workdir / "results.json").read_text())["meta/num_steps"])
+  except (OSError, ValueError, KeyError, TypeError):
+    return 0

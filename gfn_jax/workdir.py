@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from gfn_jax.config import first_difference, flatten, num_micro_batches
+from gfn_jax.files import finished_steps as finished_steps
 from gfn_jax.files import write_text
 from gfn_jax.models import Pretrained
 from gfn_jax.version import __version__
@@ -92,14 +93,6 @@ def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devic
     "devices": [str(d) for d in devices],
   }
   write_text(workdir / "config.json", json.dumps(record, indent=2) + "\n")
-
-
-def finished_steps(workdir: pathlib.Path) -> int:
-  """The steps that results.json stands for; 0 where there is none."""
-  try:
-    return int(json.loads((workdir / "results.json").read_text())["meta/num_steps"])
-  except (OSError, ValueError, KeyError, TypeError):
-    return 0
 
 
 def write_results(path: pathlib.Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
