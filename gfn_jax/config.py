@@ -171,9 +171,7 @@ def require_fields(config: Any, fields: Iterable[str] | None = None) -> None:
   _require(not missing, f"this is no config of a run: it lacks config.{', config.'.join(missing[:3])}")
 
 
-def first_difference(
-  ours: dict[str, Any], theirs: dict[str, Any], ignored: Sequence[str] = RESUMABLE
-) -> str | None:
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any], ignored: Sequence[str] = RESUMABLE) -> str | None:
   """The first field, but for those `ignored` (or groups of them), that differs, with both values; None if none does."""
   for field in sorted(ours.keys() | theirs.keys()):
     if any(field == r or field.startswith(r + ".") for r in ignored):

@@ -26,12 +26,12 @@ LAYERS = (
   ("experiment",),
   ("config",),
   ("workdir", "collect", "selection"),
-  ("report",),
+  ("results",),
   ("plots",),
   ("train",),
   ("em",),
   ("cli",),
-  ("evaluate", "export", "finetune", "generate", "plan", "pretrain"),
+  ("evaluate", "export", "finetune", "generate", "plan", "pretrain", "report"),
   ("main",),
 )
 
@@ -62,6 +62,15 @@ PACKAGES = {
     ("scoring",),
     ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
     ("suite",),
+  ),
+  "report": (
+    ("__init__",),
+    ("mistakes", "runs", "section"),
+    ("over_optimisation",),
+    ("tables",),
+    ("cells",),
+    ("commands", "figures", "scores", "texts"),
+    ("__main__",),
   ),
 }
 
