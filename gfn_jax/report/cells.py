@@ -1,6 +1,6 @@
 """Runs averaged over their seeds, and the refusal to average any others."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import math
@@ -16,8 +16,6 @@ from gfn_jax.results import label
 # More than a resumed run may not differ in: of its length and of what it is chosen by.
 _MATTER = ("train.num_steps", "eval.every_steps")
 IGNORED = ("seed", *(f for f in RESUMABLE if f not in _MATTER))
-
-Results = Callable[[Run], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ def fill(table: Table, groups: Sequence[Group]) -> Filled:
     found = (known[run.folder].get(key) for run in group.runs)
     return [v for v in found if v is not None]
 
-  columns = table.columns + _further_columns(table, known.values())
+  columns = table.columns + _further_columns(table, list(known.values()))
   filled = []
   for row in _all_rows(table, groups, known, columns):
     matching = [g for g in groups if all(g.values.get(f) == v for f, v in row.where.items())]

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 import json
-import runpy
 import shlex
 from typing import Any
 
 from gfn_jax.cli import find_config
 from gfn_jax.config import flatten
+from gfn_jax.named import load_named
 from gfn_jax.report.runs import Run
 
 
@@ -25,8 +25,8 @@ def command_of(run: Run) -> str:
   argument = f"configs/{name}.py" + (f":{variant}" if variant else "")
   command = f"python -m gfn_jax.main --config={argument} --workdir={shlex.quote(str(run.folder))}"
   try:
-    file = find_config(f"configs/{name}.py")
-    defaults = json.loads(json.dumps(flatten(runpy.run_path(file)["get_config"](variant))))
+    get_config = load_named(find_config(f"configs/{name}.py:get_config"))
+    defaults = json.loads(json.dumps(flatten(get_config(variant))))
   except Exception:  # the config file is the user's own code: it may be gone, or raise whatever it likes
     return f"{command}  # and the fields that {run.folder / 'config.json'} holds"
   fields = (f for f in sorted(run.config) if f in defaults and run.config[f] != defaults[f])
