@@ -187,6 +187,13 @@ def test_a_seed_counts_once(tmp_path):
   assert len(read_runs([a, tmp_path / "b" / ".." / "a"])[0]) == 1
 
 
+def test_a_run_that_goes_on_for_more_steps_has_not_ended(tmp_path):
+  folder = make_run(tmp_path / "a", {"gfn/accuracy/3": 1.0})
+  for steps, is_finished in ((249, False), (250, True)):
+    (folder / "results.json").write_text(json.dumps({"arith/gfn/accuracy/3": 1.0, "meta/num_steps": steps}))
+    assert bool(read_runs([folder])[0]) == is_finished
+
+
 def test_a_run_of_a_sweep_that_is_named_twice_belongs_to_the_sweep(table4):
   for folders in ([table4, table4 / "gfn0"], [table4 / "gfn0", table4]):
     runs, unfinished = read_runs(folders)
@@ -197,7 +204,7 @@ def test_a_run_of_a_sweep_that_is_named_twice_belongs_to_the_sweep(table4):
 REFUSED = {
   "no run": (["{}/empty"], None, "{}/empty is no run and no sweep"),
   "a missing folder": (["{}/missing"], None, "{}/missing is no run and no sweep"),
-  "not ended": (["{}/open"], None, "no run has ended: {}/open has no results.json"),
+  "not ended": (["{}/open"], None, "no run has ended: {}/open is unfinished"),
   "an unknown table": (["{}/arith"], "table5", "--table=table5 is unknown: choose from table2, table3, table4,"),
   "another task's table": (["{}/arith"], "table2", "{}/arith is a run of task 'arith': table 'table2' is of 'infill'"),
   "a damaged config": (["{}/damaged"], None, "{}/damaged/config.json is damaged: it has no 'config'"),

@@ -89,7 +89,7 @@ def write_report(
     raise ValueError("name the runs to report, as in python -m gfn_jax.report runs/arith-table4")
   runs, unfinished = read_runs(folders)
   if not runs:
-    raise ValueError(f"no run has ended: {unfinished[0]} has no results.json")
+    raise ValueError(f"no run has ended: {unfinished[0]} is unfinished")
   tables = {name: (table_of(name, its_runs), its_runs) for name, its_runs in by_table(runs, table).items()}
   groups = {name: group_runs(declared.varied, its_runs) for name, (declared, its_runs) in tables.items()}
   output = pathlib.Path(output)

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
+import math
 import os
 import pathlib
 import re
@@ -96,6 +97,8 @@ def _read_run(workdir: pathlib.Path, of_sweep: Mapping[str, Any]) -> Run | None:
   missing = [f for f in ("task", "method", "seed", "name", "variant") if f not in config]
   if missing:
     raise ValueError(f"{workdir / 'config.json'} is damaged: it has no {missing[0]!r}")
+  if results.get("meta/num_steps", math.inf) < config.get("train.num_steps", 0):
+    return None  # it goes on for more steps than these results are of
   values = {k: float(v) for k, v in results.items() if k.startswith(f"{config['task']}/") and not _OF_A_ROUND.search(k)}
   devices = record.get("devices", [])
   # Older files have the devices' names alone: "cpu:0".
