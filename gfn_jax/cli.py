@@ -48,7 +48,7 @@ def fail(message: object) -> None:
   sys.exit(USAGE_EXIT_CODE)
 
 
-def _parse(argv: Sequence[str], needs_config: bool) -> list[str]:
+def _parse(argv: Sequence[str], needs_config: bool, takes_arguments: bool) -> list[str]:
   """Parses the flags and reads the config, so that every slip in them shows here."""
   if "--version" in argv:
     print(f"gfn_jax {__version__}")
@@ -73,7 +73,7 @@ def _parse(argv: Sequence[str], needs_config: bool) -> list[str]:
     if "Traceback (most recent call last)" in text:  # of get_config, in ml_collections' message
       text = f"{config_file}: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"
     fail(text)
-  if len(rest) > 1:
+  if len(rest) > 1 and not takes_arguments:
     fail(f"argument {rest[1]!r} is not a flag")
   return rest
 
@@ -91,20 +91,20 @@ def prepare_jax(config: ml_collections.ConfigDict) -> None:
     jax.config.update("jax_debug_nans", True)
 
 
-def launch(main: Callable[[], Any], needs_config: bool = True) -> None:
+def launch(main: Callable[..., Any], needs_config: bool = True, takes_arguments: bool = False) -> None:
   """Parses the command line, runs `main`, and exits with its code; a ValueError becomes one line and exit code 2.
 
   Args:
     needs_config: without --config there is nothing to run.
+    takes_arguments: `main` is given the list of what is no flag.
   """
 
   def guarded(argv):
-    del argv
     try:
-      sys.exit(main())
+      sys.exit(main(argv[1:]) if takes_arguments else main())
     except (ValueError, OSError) as e:
       logging.debug("where it came from:", exc_info=True)  # shown with --verbosity=1
       fail(e)
 
   logging.set_verbosity(logging.WARNING)
-  app.run(guarded, flags_parser=functools.partial(_parse, needs_config=needs_config))
+  app.run(guarded, flags_parser=functools.partial(_parse, needs_config=needs_config, takes_arguments=takes_arguments))

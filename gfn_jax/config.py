@@ -1,6 +1,6 @@
 """The fields of a run, their defaults, and every rule between them, checked before anything compiles."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import importlib.util
 import itertools
 import json
@@ -197,10 +197,10 @@ def require_fields(config: Any, fields: Iterable[str] | None = None) -> None:
   _require(not missing, f"this is no config of a run: it lacks config.{', config.'.join(missing[:3])}")
 
 
-def first_difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str | None:
-  """The first field that changes the mathematics and differs, with both values; None if there is none."""
+def first_difference(ours: dict[str, Any], theirs: dict[str, Any], ignored: Sequence[str] = RESUMABLE) -> str | None:
+  """The first field, but for those `ignored` (or groups of them), that differs, with both values; None if none does."""
   for field in sorted(ours.keys() | theirs.keys()):
-    if any(field == r or field.startswith(r + ".") for r in RESUMABLE):
+    if any(field == r or field.startswith(r + ".") for r in ignored):
       continue
     a, b = ours.get(field), theirs.get(field)
     if json.dumps(a) != json.dumps(b):

@@ -19,13 +19,14 @@ import time
 import jax
 import ml_collections
 
-from gfn_jax import data, report
+from gfn_jax import data
 from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
+from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature, train
 
 MICRO_BATCH = 32  # rows of one backward pass of the M-step
@@ -133,6 +134,6 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     found = dict(_read(folder / "e" / "results.json", config)) | evaluate_pair(config, sampler, adapter)
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   contract.write_results(workdir / "results.json", config, results, time.time() - started)
-  print(report.results_table({k: v for k, v in results.items() if "/round" not in k}))
+  print(results_table({k: v for k, v in results.items() if "/round" not in k}))
   print(f"{workdir}: results.json, round0/ to round{config.em.num_rounds - 1}/", flush=True)
   return 0

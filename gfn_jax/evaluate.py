@@ -15,7 +15,7 @@ from gfn_jax.experiment import build
 from gfn_jax.files import check_output
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
-from gfn_jax.report import results_table
+from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature
 from gfn_jax.workdir import write_results
 

@@ -18,7 +18,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from gfn_jax import data, losses, plots, policy, report
+from gfn_jax import data, losses, plots, policy
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector, DemonstrationCollector
@@ -31,6 +31,7 @@ from gfn_jax.on_policy import GRPOCollector, PPOCollector
 from gfn_jax.parallel import DATA_AXIS, micro_batches, place, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
+from gfn_jax.results import results_table
 from gfn_jax.selection import Selection
 from gfn_jax.types import Batch, TrainState
 
@@ -364,6 +365,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   plots.plot_run(workdir, task.name)
   contract.write_results(workdir / "results.json", config, results, time.time() - started)
   if results:  # an M-step is not tested by itself
-    print(report.results_table(results))
+    print(results_table(results))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)
   return 0

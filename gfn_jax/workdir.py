@@ -91,6 +91,7 @@ def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devic
     | {name: module.__version__ for name, module in modules.items()},
     "commit": git_commit(),
     "devices": [str(d) for d in devices],
+    "device_kinds": sorted({d.device_kind for d in devices}),
   }
   write_text(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 

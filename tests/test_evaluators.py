@@ -1,10 +1,12 @@
 """Evaluators on samplers and rewards whose numbers are known."""
 
 import jax
+import ml_collections
 import numpy as np
 import pytest
 
-from gfn_jax.evaluators.evaluator import Parts
+from gfn_jax.evaluators import accuracy
+from gfn_jax.evaluators.evaluator import Evaluator, Parts
 from gfn_jax.evaluators.posterior import posterior_quality
 from gfn_jax.sampler import Sampler
 from gfn_jax.task import Task
@@ -93,3 +95,55 @@ def test_quality_against_plain_numpy():
   assert found["log_partition_lower"] == pytest.approx(np.mean(log_reward / 2 - LOG_Q))
   assert found["length_mean"] == 2 and found["distinct_samples"] == 1  # a query's samples are the same two tokens
   assert "log_partition_upper" not in found  # the task has no exact samples
+
+
+class Guesses(Task):
+  """The first of a problem's samples is its answer: "0", "3", "6", ... with three samples each."""
+
+  def __init__(self):
+    pass
+
+  def predict(self, samples):
+    return str(samples[0][0])
+
+
+class Numbered(Sampler):
+  """Row r is the one token r."""
+
+  def __init__(self):
+    pass
+
+  def draw(self, lora, prompt_tokens, prompt_mask, *, num_samples, temperature, key, on_round):
+    del lora, prompt_mask, temperature, key, on_round
+    rows = len(prompt_tokens) * num_samples
+    column = np.arange(rows)[:, None]
+    return Trajectory(column, np.ones(rows, int), np.ones((rows, 1), bool), np.zeros((rows, 1)), np.zeros((rows, 2)))
+
+
+def test_accuracy_of_each_kind_and_every_sample_of_the_shown_problems(monkeypatch):
+  kinds = {"3": [Example("x", None, "y", str(3 * i)) for i in range(5)], "4": [Example("x", None, "y", "15")] * 2}
+  config = ml_collections.ConfigDict({"eval": {"num_votes": 3, "max_length": 1, "temperature": 0.1}})
+  monkeypatch.setattr(Evaluator, "_sampler", lambda self: Numbered())
+  monkeypatch.setattr(accuracy, "query_table", lambda examples, *_: Queried(np.arange(len(examples))))
+  monkeypatch.setattr(
+    accuracy, "sample_records",
+    lambda task, reward, queries, z: [{"query": q, "Z": n} for q, n in zip(queries.index.repeat(3), z.tokens[:, 0])],
+  )  # fmt: skip
+  evaluator = accuracy.Accuracy(Parts(config, tiny_pretrained(), {}, Guesses(), Numbered(), None, []))
+  assert dict(evaluator(None, kinds, jax.random.key(0))) == {"accuracy/3": 1.0, "accuracy/4": 0.5}
+  shown = [(r["kind"], int(r["query"]), int(r["Z"])) for r in evaluator.samples]
+  assert shown == [("3", q, 3 * q + i) for q in range(4) for i in range(3)] + [
+    ("4", q, 3 * q + i) for q in (5, 6) for i in range(3)
+  ]
+
+
+class Queried:
+  """Queries that tell which they are."""
+
+  prompt_mask = None
+
+  def __init__(self, index):
+    self.index = self.prompt_tokens = index
+
+  def __getitem__(self, index):
+    return Queried(self.index[index])

@@ -27,12 +27,12 @@ LAYERS = (
   ("config",),
   ("workdir", "collect", "selection"),
   ("on_policy",),
-  ("report",),
+  ("results",),
   ("plots",),
   ("train",),
   ("em",),
   ("cli",),
-  ("evaluate", "export", "finetune", "generate", "plan", "pretrain"),
+  ("evaluate", "export", "finetune", "generate", "plan", "pretrain", "report"),
   ("main",),
 )
 
@@ -63,6 +63,15 @@ PACKAGES = {
     ("scoring",),
     ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
     ("suite",),
+  ),
+  "report": (
+    ("__init__",),
+    ("mistakes", "runs", "section"),
+    ("over_optimisation",),
+    ("tables",),
+    ("cells",),
+    ("commands", "figures", "scores", "texts"),
+    ("__main__",),
   ),
 }
 

@@ -10,7 +10,7 @@ from gfn_jax.evaluators.evaluator import Evaluator, Problems
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora
 
-SHOWN = 4  # problems of a kind whose first sample is recorded
+SHOWN = 4  # problems of a kind whose samples are recorded
 
 
 class Accuracy(Evaluator):
@@ -36,8 +36,9 @@ class Accuracy(Evaluator):
     right = [task.predict(answers[i * votes : (i + 1) * votes]) == e.answer for i, e in enumerate(examples)]
     kinds = [kind for kind, es in problems.items() for _ in es]
     shown = np.array([i for kind in problems for i in [j for j, k in enumerate(kinds) if k == kind][:SHOWN]])
-    records = sample_records(task, parts.reward, queries[shown], z.rows(shown * votes))
-    self.samples = [{"kind": kinds[i], **record} for i, record in zip(shown, records)]
+    rows = (shown[:, None] * votes + np.arange(votes)).reshape(-1)
+    records = sample_records(task, parts.reward, queries[shown], z.rows(rows))
+    self.samples = [{"kind": kinds[row // votes], **record} for row, record in zip(rows, records)]
     for kind in problems:
       name = f"accuracy/{kind}" if kind else "accuracy"
       yield name, float(np.mean([r for r, k in zip(right, kinds) if k == kind]))

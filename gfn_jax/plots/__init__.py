@@ -9,7 +9,7 @@ from gfn_jax.plots.numbers import plot_numbers
 
 TASK_PLOTS = {  # beside the curves, which every task has
   "next_sentence": lambda workdir: plot_frontier([workdir], workdir / "plots" / "frontier.png"),
-  "rng": plot_numbers,
+  "rng": lambda workdir: plot_numbers([workdir], workdir / "plots" / "numbers.png"),
 }
 
 

@@ -4,10 +4,12 @@ from collections.abc import Mapping, Sequence
 import os
 import pathlib
 
+import numpy as np
+
 from gfn_jax.files import read_json
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.plots.figure import figure
-from gfn_jax.report import label
+from gfn_jax.results import label
 
 _TASK = "next_sentence"
 
@@ -24,30 +26,39 @@ def points(results: Mapping[str, float]) -> dict[str, tuple[float, float]]:
   return found
 
 
+def mean_points(workdirs: Sequence[pathlib.Path]) -> dict[tuple[str, float | None], tuple[float, float]]:
+  """(method, reward temperature) -> its mean point; the temperature is None for what no run has trained."""
+  found: dict[tuple[str, float | None], list[tuple[float, float]]] = {}
+  for run in workdirs:
+    config = read_json(run / "config.json")["config"]
+    for method, point in points(_final(run)).items():
+      temperature = config["reward.temperature_end"] if method == config["method"] else None
+      found.setdefault((method, temperature), []).append(point)
+  return {key: tuple(np.mean(values, axis=0).tolist()) for key, values in found.items()}
+
+
 def plot_frontier(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike) -> list[pathlib.Path]:
-  """The decoders of the first run, tempered sampling joined by a line, and the policy of every run with its T.
+  """The base's decoders, tempered sampling joined by a line, and the policies at each T; means over the runs.
 
   Args:
-    workdirs: runs that differ in their reward temperature. path: the PNG to write.
+    workdirs: runs that differ in their reward temperature, their method and their seed. path: the PNG to write.
   """
-  runs = [pathlib.Path(w) for w in workdirs]
-  finals = [_final(run) for run in runs]
-  others = points(finals[0])
-  if not others:
+  found = mean_points([pathlib.Path(w) for w in workdirs])
+  if not found:
     return []
+  others = {method: point for (method, temperature), point in found.items() if temperature is None}
   with figure(path, "next sentences", "sentence diversity", "max. log-likelihood (nats)") as ax:
     tempered = sorted(p for m, p in others.items() if m == "base" or m.startswith("sampling_"))
-    ax.plot(*zip(*tempered), "o--", label="sampling at several temperatures")
+    if tempered:
+      ax.plot(*zip(*tempered), "o--", label="sampling at several temperatures")
     for method, point in sorted(others.items()):
-      if point not in tempered and method != "gfn":
+      if point not in tempered:
         ax.plot(*point, "s", label=label(method))
-    for run, final in zip(runs, finals):
-      if "gfn" in (found := points(final)):
-        temperature = read_json(run / "config.json")["config"]["reward.temperature_end"]
-        ax.plot(*found["gfn"], "*", markersize=12, label=f"{label('gfn')}, T = {temperature:g}")
+    for (method, temperature), point in sorted((k, p) for k, p in found.items() if k[1] is not None):
+      ax.plot(*point, "*", markersize=12, label=f"{label(method)}, T = {temperature:g}")
   return [pathlib.Path(path)]
 
 
 def _final(workdir: pathlib.Path) -> dict[str, float]:
-  records = [r for r in read_jsonl(workdir / "metrics.jsonl") if f"{_TASK}/gfn/max_log_likelihood" in r]
-  return records[-1] if records else {}
+  """The record of the final evaluation, the only one that tests a method by its name."""
+  return next((r for r in reversed(read_jsonl(workdir / "metrics.jsonl")) if points(r)), {})

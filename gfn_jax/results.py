@@ -1,4 +1,4 @@
-"""A run's results as a person reads them: the paper's tables."""
+"""A run's results as a person reads them at its end."""
 
 from collections.abc import Mapping
 
