@@ -299,6 +299,18 @@ def test_a_sweep_of_ones_own_has_a_row_a_setting(tmp_path):
   assert row_of(markdown, "base, zero-shot")[0] == "25.0 (1)"
 
 
+def test_baselines_that_a_setting_changes_stand_apart(tmp_path):
+  for number in (0, 3):
+    results = {"gfn/accuracy/3": 0.5, "base/accuracy/3": 0.25, "base_3shot/accuracy/3": number / 10}
+    make_run(tmp_path / str(number), results, eval__num_votes=number)
+  make_sweep(tmp_path, "configs/arith.py", "votes", {str(n): {"eval.num_votes": n} for n in (0, 3)})
+  write_report([tmp_path], tmp_path / "report")
+  markdown = (tmp_path / "report" / "report.md").read_text()
+  assert row_of(markdown, "base, 3 demonstrations, eval.num_votes = 0")[0] == "0.0 (1)"
+  assert row_of(markdown, "base, 3 demonstrations, eval.num_votes = 3")[0] == "30.0 (1)"
+  assert row_of(markdown, "base, zero-shot")[0] == "25.0 (1)"
+
+
 def test_a_task_without_a_table_in_the_paper(tmp_path):
   make_run(tmp_path / "a", {"gfn/log_reward": -1.5, "gfn/distinct_share": 0.5}, task="jsonl")
   write_report([tmp_path / "a"], tmp_path / "report")
