@@ -296,7 +296,7 @@ def test_a_sweep_of_ones_own_has_a_row_a_setting(tmp_path):
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert "## objectives: arith" in markdown and "paper" not in row_of(markdown, "")
   assert row_of(markdown, "GFlowNet fine-tuning, loss.name = tb") == ["50.0 (1)", "-", "-", "2.0 (1)", "-"]
-  assert row_of(markdown, "base, zero-shot")[0] == "25.0 (1)"
+  assert row_of(markdown, label("base"))[0] == "25.0 (1)"
 
 
 def test_baselines_that_a_setting_changes_stand_apart(tmp_path):
@@ -308,7 +308,7 @@ def test_baselines_that_a_setting_changes_stand_apart(tmp_path):
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert row_of(markdown, "base, 3 demonstrations, eval.num_votes = 0")[0] == "0.0 (1)"
   assert row_of(markdown, "base, 3 demonstrations, eval.num_votes = 3")[0] == "30.0 (1)"
-  assert row_of(markdown, "base, zero-shot")[0] == "25.0 (1)"
+  assert row_of(markdown, label("base"))[0] == "25.0 (1)"
 
 
 def test_a_task_without_a_table_in_the_paper(tmp_path):
@@ -360,7 +360,7 @@ def test_figure_3(tmp_path):
   write_report(folders, tmp_path / "report")
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert row_of(markdown, "GFlowNet fine-tuning, reward.temperature_end = 0.8")[0] == "-11.00 ± 1.41 (2)"
-  assert row_of(markdown, "base, zero-shot")[0] == "-20.00 ± 0.00 (2)"
+  assert row_of(markdown, label("base"))[0] == "-20.00 ± 0.00 (2)"
   assert (tmp_path / "report" / "fig3.png").stat().st_size > 5000
   texts = markdown.split("## Table B.1")[1]
   assert "base wins" in texts and "top_k" not in texts
@@ -376,7 +376,7 @@ def test_infills_side_by_side(tmp_path):
   write_report([tmp_path / "gfn", tmp_path / "sft"], tmp_path / "report")
   markdown = (tmp_path / "report" / "report.md").read_text()
   texts = re.sub(" +", " ", markdown.split("## Tables C.3-C.8")[1])
-  assert "| X … Y | base, zero-shot | GFlowNet fine-tuning | supervised fine-tuning |" in texts
+  assert f"| X … Y | {label('base')} | GFlowNet fine-tuning | supervised fine-tuning |" in texts
   assert "| Beginning: A. B. C. … E. | by base (-3.0) | by gfn (-3.0) | by sft (-3.0) |" in texts
 
 
