@@ -277,6 +277,18 @@ def test_table_3_and_the_ablations_that_borrow_from_it(tmp_path):
   assert "a \\| b" in table_d5 and "about the movie experience" in table_d5
 
 
+def test_baselines_that_a_setting_changes_stand_apart(tmp_path):
+  for number in (0, 3):
+    results = {"gfn/accuracy/3": 0.5, "base/accuracy/3": 0.25, "base_3shot/accuracy/3": number / 10}
+    make_run(tmp_path / str(number), results, eval__num_votes=number)
+  make_sweep(tmp_path, "configs/arith.py", "votes", {str(n): {"eval.num_votes": n} for n in (0, 3)})
+  write_report([tmp_path], tmp_path / "report")
+  markdown = (tmp_path / "report" / "report.md").read_text()
+  assert row_of(markdown, f"{label('base_3shot')}, eval.num_votes = 0")[0] == "0.0 (1)"
+  assert row_of(markdown, f"{label('base_3shot')}, eval.num_votes = 3")[0] == "30.0 (1)"
+  assert row_of(markdown, label("base"))[0] == "25.0 (1)"
+
+
 def test_fewer_seed_rationales(tmp_path):
   for number in (10, 5):
     make_run(tmp_path / str(number), {"gfn/accuracy/3": number / 100}, data__num_seed_rationales=number)

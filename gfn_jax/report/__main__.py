@@ -56,11 +56,12 @@ def sections_of(name: str, table: Table, groups: Sequence[Group], folder: pathli
     figure = draw(kind, groups, filled, folder / f"{file_name}.png")
     found.append(dataclasses.replace(scores(file_name, shown.title, filled), figure=figure))
 
-  add(name, name if name in TABLES else MAIN.get(table.task, ""), table)
+  add(name, name, table)
   if name in ABLATIONS:
     return found
   if table.task == "arith" and name != "table_e4":
-    add(f"{name}_rewards", "table_e4", dataclasses.replace(TABLES["table_e4"], varied=table.varied))
+    rewards = dataclasses.replace(TABLES["table_e4"], varied=table.varied, baselines_vary=table.baselines_vary)
+    add(f"{name}_rewards", "table_e4", rewards)
   return found + [s for s in TEXTS.get(table.task, lambda *_: [])(name, groups) if s]
 
 

@@ -121,12 +121,17 @@ def _further_columns(table: Table, results: Sequence[Mapping[str, float]]) -> tu
   if table.sliced is None:
     return ()
   declared = {c.key for c in table.columns}
-  slices = {
-    k.rpartition("/")[2] for found in results for k in found if k.split("/")[2:-1] == [table.sliced]
-  }  # fmt: skip
+  slices = {k.rpartition("/")[2] for found in results for k in found if k.split("/")[2:-1] == [table.sliced]}
   slices = sorted(slices, key=lambda s: (float(s) if s.isdecimal() else math.inf, s))
   further = (Column(s, f"{table.sliced}/{s}", table.columns[0].scale) for s in slices)
   return tuple(c for c in further if c.key not in declared)
+
+
+def _agree(method, groups, known) -> bool:
+  """Whether the runs of a seed have the same results of what they have not trained."""
+  seen: dict[tuple[int, str], float] = {}
+  results = ((run.config["seed"], k, v) for g in groups for run in g.runs for k, v in known[run.folder].items())
+  return all(seen.setdefault((seed, k), v) == v for seed, k, v in results if k.split("/")[1] == method)
 
 
 def _all_rows(table, groups, known, columns) -> list[Row]:
@@ -145,10 +150,12 @@ def _all_rows(table, groups, known, columns) -> list[Row]:
       trained = is_trained(method, group)
       if table.policies_only and not trained:
         continue
-      where = {f: group.values[f] for f in shown} | {"method": group.method} if trained else {}
+      apart = trained or (table.baselines_vary and not _agree(method, groups, known))
+      where = {f: group.values[f] for f in shown} if apart else {}
+      where |= {"method": group.method} if trained else {}
       if any(all(where.get(f) == v for f, v in w.items()) for w in taken.get(method, [])):
         continue
-      setting = "".join(f", {f} = {group.values[f]}" for f in shown) if trained else ""
+      setting = "".join(f", {f} = {group.values[f]}" for f in shown) if apart else ""
       further.setdefault(json.dumps([method, where]), Row(label(method) + setting, method, where=where))
   base_first = sorted(further.values(), key=lambda r: (not r.method.startswith("base"), bool(r.where)))
   return rows + base_first

@@ -45,6 +45,7 @@ class Table:
     varied: config fields in which runs of different rows, or columns, may differ; so may the method.
     in_columns: those of `varied` that the columns tell apart, as slices.
     policies_only: leaves out what the runs have not trained.
+    baselines_vary: what they have not trained may depend on `varied`: it has a row a setting where it does.
     sliced: a metric whose further slices get columns of their own.
     measure: gives results that are not in results.json.
     borrows: the table whose GFlowNet runs belong here too, where there are any.
@@ -57,6 +58,7 @@ class Table:
   varied: tuple[str, ...] = ()
   in_columns: tuple[str, ...] = ()
   policies_only: bool = False
+  baselines_vary: bool = False
   sliced: str | None = None
   measure: Callable[[Run], Mapping[str, float]] | None = None
   borrows: str | None = None
@@ -194,7 +196,9 @@ def table_of(name: str, runs: Sequence[Run]) -> Table:
   if task in MAIN:
     main = TABLES[MAIN[task]]
     varied = tuple(dict.fromkeys(varied + main.in_columns))
-    return dataclasses.replace(main, title=title, columns=main.columns + _EXACTNESS, rows=(), varied=varied)
-  metrics = dict.fromkeys(k.split("/", 2)[2] for run in runs for k in run.results)
-  columns = tuple(Column(m, m, digits=".4g") for m in metrics if m not in POSTERIOR_METRICS)
-  return Table(title, task, columns + _EXACTNESS, varied=varied)
+  else:
+    metrics = dict.fromkeys(k.split("/", 2)[2] for run in runs for k in run.results)
+    main = Table("", task, tuple(Column(m, m, digits=".4g") for m in metrics if m not in POSTERIOR_METRICS))
+  return dataclasses.replace(
+    main, title=title, columns=main.columns + _EXACTNESS, rows=(), varied=varied, baselines_vary=True
+  )
