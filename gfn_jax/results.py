@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 
-LABELS = {"gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning"}
+LABELS = {"gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning", "ppo": "PPO", "grpo": "GRPO"}
 
 
 def label(method: str) -> str:
