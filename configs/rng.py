@@ -7,7 +7,7 @@
 
 Other targets: --config.rng.target=poisson --config.rng.parameter=30, binomial, geometric, or a table of weights.
 
-Expected from the first, in the README's results: the exact KL(q || target) falls from several nats to below 1e-3
+Expected from the first, in the README's results: the exact KL(q || target) falls from several nats to below 1e-2
 (paper: 3.37 to 9.75e-5).
 """
 
@@ -34,7 +34,9 @@ def get_config(variant: str = ""):
     "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default log V + 12
   })  # fmt: skip
   config.model.name = smollm2()
-  config.lora.rank, config.lora.alpha, config.lora.targets = 512, 32.0, ("k_proj", "v_proj")
+  # Adapters everywhere learn several times faster here than the paper's rank 512 on keys and values.
+  config.lora.rank, config.lora.alpha = 64, 64.0
+  config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
   config.sampler.max_length, config.sampler.num_samples = 3, 16
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
   # Without the buffer the number 100, begun as 10 is, is soon never sampled again; tempering meets what is no number.
@@ -42,7 +44,7 @@ def get_config(variant: str = ""):
   config.behavior.temperature_low = 1.0
   config.replay.capacity, config.replay.similarity, config.replay.seed_from = 128, 0.0, "nothing"
   config.data.unseeded_weight = 1.0
-  config.train.num_steps, config.train.decay_steps = 600, 600
+  config.train.num_steps, config.train.decay_steps = 250, 250
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
   config.checkpoint.every_steps = config.eval.every_steps = 50
   config.eval.num_validation = 4
@@ -52,7 +54,7 @@ def get_config(variant: str = ""):
   if variant == "smoke":
     config.model.name = "embedded/arith-2m"
     config.rng.high = 20
-    config.lora.rank = 16
+    config.lora.rank, config.lora.targets = 16, ("k_proj", "v_proj")
     config.sampler.num_samples = 4
     config.train.num_steps = config.train.decay_steps = 6
     config.train.warmup_steps = 1
@@ -61,7 +63,8 @@ def get_config(variant: str = ""):
 
   if variant == "paper":
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
-    config.lora.dropout = 0.1
+    config.lora.rank, config.lora.alpha, config.lora.dropout = 512, 32.0, 0.1
+    config.lora.targets = ("k_proj", "v_proj")
     config.sampler.max_length = 5
     # The reference's: 8 x 8 samples a step, on-policy, 2,560 steps, linear decay.
     config.train.num_queries, config.sampler.num_samples = 8, 8
