@@ -18,6 +18,8 @@ launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [OPTION...] [-- COMMAND...]
 
   --accelerator-type=TYPE --runtime-version=VERSION   of create and run: v6e-16, v2-alpha-tpuv6e
   --spot              of create and run: cheaper, and can be preempted
+  --prepare=SHELL     of run and setup: run on each worker after the installation, as what mounts the workdir's file
+                      system. A new pod knows nothing of the old one; on an old one it runs again.
   --project=PROJECT   gcloud's default unless given
   --max-restarts=N    of run: how often it recreates or reconnects before it gives up [20]
   --poll-seconds=S    between two looks at the state [30]
@@ -84,7 +86,7 @@ setup() {
   {
     call git -C "$repository" bundle create -q "$scratch/gfn_jax.bundle" HEAD &&
       call gcloud compute tpus tpu-vm scp "$scratch/gfn_jax.bundle" "$name:" --worker=all "${where[@]}" &&
-      on_workers all "$install"
+      on_workers all "$install${prepare:+$'\n'(cd; $prepare) 9>&-}" # what it leaves running must not hold the lock
   } || code=$?
   rm -r "$scratch"
   return "$code"
@@ -138,14 +140,22 @@ is_active() {
   done
 }
 
+# Words for the workers' login shell, whichever it is: printf %q would write for bash alone.
+quote() {
+  local word
+  for word; do
+    printf "'%s' " "${word//\'/\'\\\'\'}"
+  done
+}
+
 run() {
   local command id code
-  printf -v command '%q ' "$@"
+  command=$(quote "$@")
   id=$(date +%s)-$$
   if ((dry_run)); then
     create
     setup
-    on_workers all "bash gfn_jax/launch/tpu_worker.sh run $id $command"
+    on_workers all "bash gfn_jax/launch/tpu_worker.sh run $id-0 $command"
     return
   fi
   while true; do
@@ -168,7 +178,7 @@ run() {
   done
 }
 
-name='' zone='' project='' accelerator_type='' runtime_version=''
+name='' zone='' project='' prepare='' accelerator_type='' runtime_version=''
 spot=0 dry_run=0 max_restarts=20 poll_seconds=30 worker=0 restarts=0
 
 (($#)) || {
@@ -190,7 +200,7 @@ while (($#)); do
     --) break ;;
     --spot) spot=1 ;;
     --dry-run) dry_run=1 ;;
-    --name=* | --zone=* | --project=* | --accelerator-type=* | --runtime-version=* | --max-restarts=* | \
+    --name=* | --zone=* | --project=* | --prepare=* | --accelerator-type=* | --runtime-version=* | --max-restarts=* | \
       --poll-seconds=* | --worker=*)
       option=${1%%=*}
       option=${option#--}

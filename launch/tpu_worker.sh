@@ -43,7 +43,7 @@ run() {
     lines=+1
   fi
   tail -n "$lines" -f --pid="$(<pid)" log
-  for _ in {1..50}; do
+  for _ in {1..20}; do
     [[ ! -s code ]] || exit "$(<code)"
     sleep 0.1
   done
