@@ -275,7 +275,9 @@ def test_setup_again_brings_the_new_commit_and_leaves_what_is_not_committed(mach
 
 
 def test_what_prepares_a_worker_runs_at_home_and_may_leave_a_daemon(machines):
-  done = machines.pod("setup", '--prepare=pwd >prepared; echo "it\'s" >>prepared; sleep 60 >sleep.log 2>&1 & echo $! >daemon')
+  done = machines.pod(
+    "setup", '--prepare=pwd >prepared; echo "it\'s" >>prepared; sleep 60 >sleep.log 2>&1 & echo $! >daemon'
+  )
   assert done.returncode == 0, done.stderr
   workers = [machines.folder / f"worker{i}" for i in range(2)]
   try:
