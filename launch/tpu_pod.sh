@@ -118,14 +118,24 @@ await_active() {
     [[ $state == "$last" ]] || say "$name is $state"
     last=$state
     case $state in
-      ACTIVE) return ;;
-      MISSING) create ;;
+      ACTIVE)
+        known=1
+        return
+        ;;
+      MISSING)
+        ((!known)) || {
+          say "someone deleted it: giving up"
+          exit 1
+        }
+        create
+        ;;
       SUSPENDED | FAILED)
         count_restart "$name is lost"
         delete
         create
         ;;
     esac
+    known=1
     sleep "$poll_seconds"
   done
 }
@@ -179,7 +189,7 @@ run() {
 }
 
 name='' zone='' project='' prepare='' accelerator_type='' runtime_version=''
-spot=0 dry_run=0 max_restarts=20 poll_seconds=30 worker=0 restarts=0
+spot=0 dry_run=0 max_restarts=20 poll_seconds=30 worker=0 restarts=0 known=0
 
 (($#)) || {
   usage >&2

@@ -324,6 +324,14 @@ def test_restarts_are_bounded(machines):
   assert len(machines.gcloud("create")) == 2
 
 
+@pytest.mark.parametrize("states", [["", "ACCEPTED", "DELETING", ""], ["ACTIVE", "DELETING", ""]])
+def test_a_pod_that_the_user_deletes_stays_deleted(machines, states):
+  machines.plan(list=states, scp=[0], ssh=[0, 255])
+  done = machines.run()
+  assert done.returncode == 1 and done.stderr.endswith("tpu_pod.sh: someone deleted it: giving up\n")
+  assert len(machines.gcloud("create")) == (1 if states[0] == "" else 0)
+
+
 def test_a_lost_connection_is_made_again(machines):
   machines.plan(list=["ACTIVE"], scp=[0], ssh=[0, 255, 0, 0])
   done = machines.run()
