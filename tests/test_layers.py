@@ -21,7 +21,7 @@ LAYERS = (
   ("tasks",),
   ("data",),
   ("completions", "texts"),
-  ("parallel", "preemption", "checkpoint", "metrics", "profiler"),
+  ("parallel", "distributed", "preemption", "checkpoint", "metrics", "profiler"),
   ("evaluators",),
   ("experiment",),
   ("config",),
