@@ -28,7 +28,8 @@ from gfn_jax.models.partition import check_split, largest_split, tree_shardings
 from gfn_jax.models.quantization import quantize
 from gfn_jax.models.shapes import SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
-from gfn_jax.train import initial_trained, make_optimizer, starting_adapter, step_settings, train_step
+from gfn_jax.step import make_optimizer, step_settings, train_step
+from gfn_jax.train import initial_trained, starting_adapter
 from gfn_jax.types import Acts, Batch, TrainState
 
 PROMPT_TOKENS = 24  # what a question of four operands takes, to the next multiple of 8

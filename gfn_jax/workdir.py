@@ -26,6 +26,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pa
     ValueError: the folder cannot be written, or holds another run; names the first field that differs.
   """
   path = pathlib.Path(workdir)
+  if "://" in os.fspath(workdir):  # as a path it would be a local folder, lost with the machine
+    raise ValueError(f"workdir {os.fspath(workdir)!r} is no folder: mount the file system, and name its path")
   try:
     path.mkdir(parents=True, exist_ok=True)
     write_text(path / ".writable", "")

@@ -8,7 +8,7 @@ from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whit
 
 def test_gae_by_hand():
   # Two acts, discount 0.5, lambda 0.5. The last: 4 - 2 = 2. The first: 1 + 0.5 * 2 - 3 + 0.5 * 0.5 * 2 = -0.5.
-  advantages, targets = gae([[1.0, 4.0]], [[3.0, 2.0]], [[True, True]], 0.5, 0.5)
+  advantages, targets = gae(np.array([[1.0, 4.0]]), np.array([[3.0, 2.0]]), np.array([[True, True]]), 0.5, 0.5)
   np.testing.assert_allclose(advantages, [[-0.5, 2.0]])
   np.testing.assert_allclose(targets, [[2.5, 4.0]])
 

@@ -82,6 +82,11 @@ CASES = {
   "batch that does not divide": ([ARITH, "--config.train.micro_batch_queries=5"], ["num_queries", "queries 5"]),
   "unknown loss": ([ARITH, "--config.loss.name=l2"], ["'l2'", "subtb, tb, vargrad, db"]),
   "unwritable workdir": ([SMOKE, "--workdir={}/file/run"], ["{}/file/run", "cannot be written", "Not a directory"]),
+  "remote workdir": ([SMOKE, "--workdir=gs://bucket/run"], ["'gs://bucket/run'", "mount the file system"]),
+  "grpo of one sample": (
+    [SMOKE, "--config.method=grpo", "--config.sampler.num_samples=1"], ["config.sampler.num_samples 1", "at least 2"],
+  ),
+  "too many shots": ([SMOKE, "--config.eval.shots=(60,)"], ["config.eval.shots 60", "has 50"]),
   "damaged workdir": ([SMOKE, "--workdir={}/other"], ["{}/other/config.json", "damaged", "another folder"]),
   "workdir whose config is a list": ([SMOKE, "--workdir={}/listed"], ["{}/listed/config.json", "damaged"]),
   "rate that ends too early": ([ARITH, "--config.train.num_steps=500"], ["decay_steps 250", "num_steps 500"]),

@@ -26,7 +26,7 @@ from gfn_jax.models import LoraConfig, init_lora
 from gfn_jax.parallel import DATA_AXIS, split
 from gfn_jax.rewards import Reward, RewardModel, whole_log_rewards
 from gfn_jax.sampler import Sampler
-from gfn_jax.train import StepSettings, train_step
+from gfn_jax.step import StepSettings, train_step
 from gfn_jax.types import Batch, Example, Queries, TrainState
 from testing import tiny_pretrained
 

@@ -26,7 +26,7 @@ LAYERS = (
   ("experiment",),
   ("config",),
   ("workdir", "collect", "selection"),
-  ("on_policy",),
+  ("on_policy", "step"),
   ("results",),
   ("plots",),
   ("train",),

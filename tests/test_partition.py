@@ -171,7 +171,7 @@ import jax, jax.numpy as jnp, numpy as np
 from configs import arith
 from gfn_jax.models.partition import tree_shardings
 from gfn_jax.parallel import make_mesh, map_step
-from gfn_jax.train import make_optimizer, step_settings, train_step
+from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.types import Batch, TrainState, terminable_prefixes
 from testing import random_lora, tiny_pretrained
 

@@ -124,7 +124,7 @@ def test_a_person_sees_the_plan_the_steps_and_the_table(smoke):
 
 def test_config_json(smoke):
   record = json.loads((smoke[0] / "config.json").read_text())
-  assert record.keys() == {"config", "versions", "commit", "devices"}
+  assert record.keys() == {"config", "versions", "commit", "devices", "device_kinds"}
   assert record["config"]["train.num_steps"] == NUM_STEPS and record["config"]["task"] == "arith"
   assert {"gfn_jax", "jax", "flax", "optax", "numpy", "python"} <= record["versions"].keys()
   assert len(record["devices"]) == 1
@@ -409,7 +409,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np, optax
 from testing import random_lora, tiny_pretrained
 from gfn_jax.parallel import place, split
-from gfn_jax.train import StepSettings, train_step
+from gfn_jax.step import StepSettings, train_step
 from gfn_jax.types import Batch, TrainState, terminable_prefixes
 
 Q, N, P, T = 8, 2, 5, 6

@@ -90,7 +90,7 @@ print("RESULTS" + json.dumps(results))
 
 def run_commands(commands: list[list[str]]) -> list[tuple[int, str, str]]:
   """Runs ["gfn_jax.main", "--config=...", ...] and the like; (exit code, stdout, stderr) of each."""
-  out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{_FORKS}")
+  out = run_python(f"COMMANDS = {json.dumps(commands)!r}\n{_FORKS}", timeout=1200)
   return [tuple(result) for result in json.loads(out.rpartition("RESULTS")[2])]
 
 

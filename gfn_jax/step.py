@@ -1,0 +1,183 @@
+"""A training step: `train_step`, a pure function, and what is fixed while it compiles."""
+
+from collections.abc import Mapping
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import optax
+
+from gfn_jax import losses, policy
+from gfn_jax.config import num_micro_batches
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.parallel import DATA_AXIS, micro_batches
+from gfn_jax.types import Batch, TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+  """What is fixed while a step compiles.
+
+  `num_epochs` updates are made on a step's batch; `policy_gradient` are arguments of `losses.ppo_terms` or
+  `grpo_terms`.
+  """
+
+  model: ModelConfig
+  loss_name: str
+  subtb_lambda: float
+  num_samples: int
+  num_micro_batches: int
+  max_length: int
+  stop_token_id: int
+  dropout: bool
+  remat: str = "none"
+  num_epochs: int = 1
+  policy_gradient: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+
+def objective(
+  settings: StepSettings,
+  params: dict,
+  allowed_tokens: jax.Array,
+  reward_temperature: jax.Array,
+  dropout_key: jax.Array | None,
+  trained: dict[str, Any],
+  batch: Batch,
+) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
+  """The loss of a (micro-)batch before its division: numerator, denominator, and sums over the rows for the log."""
+  states = policy.prefix_states(
+    settings.model, params, trained["lora"], batch.prompt_tokens, batch.prompt_mask, batch.tokens,
+    dropout_key=dropout_key, remat=settings.remat,
+  )  # fmt: skip
+  log_pf, log_pterm = policy.score_states(
+    settings.model, params, states, batch.tokens, batch.length, batch.action_mask, allowed_tokens=allowed_tokens,
+    stop_token_id=settings.stop_token_id, max_length=settings.max_length,
+  )  # fmt: skip
+  log_prob = losses.act_log_probs(log_pf, log_pterm, batch.length)
+  match settings.loss_name:
+    case "sft":  # it knows no reward
+      terms = losses.sft_terms(log_pf, log_pterm, batch.terminable, batch.action_mask)
+    case "ppo":
+      value = policy.state_values(trained["value"], states)
+      terms = losses.ppo_terms(log_prob, value, batch.acts, **settings.policy_gradient)
+    case "grpo":
+      terms = losses.grpo_terms(log_prob, batch.acts, **settings.policy_gradient)
+    case name:
+      log_partition = trained.get("log_partition")
+      if log_partition is not None:
+        log_partition = jnp.repeat(log_partition[batch.query_ids], settings.num_samples)
+      terms = losses.loss_terms(
+        name, log_pf, log_pterm, batch.log_reward_untempered / reward_temperature, batch.terminable,
+        subtb_lambda=settings.subtb_lambda, log_partition=log_partition, num_samples=settings.num_samples,
+      )  # fmt: skip
+  end = batch.length[:, None]
+  log_q = log_pf.sum(-1) + jnp.take_along_axis(log_pterm, end, axis=1)[:, 0]
+  sums = {
+    "rows": jnp.float32(end.shape[0]),
+    "log_pf_mean": log_q.sum(),
+    "length_mean": batch.length.sum().astype(jnp.float32),
+  }
+  if settings.loss_name != "sft":
+    sums["log_reward_mean"] = jnp.take_along_axis(batch.log_reward_untempered, end, axis=1).sum()
+  return terms[0], (terms[1], sums)
+
+
+def train_step(
+  settings: StepSettings,
+  optimizer: optax.GradientTransformation,
+  params: dict,
+  allowed_tokens: jax.Array,
+  reward_temperature: jax.Array,
+  key: jax.Array,
+  state: TrainState,
+  batch: Batch,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """One step, on one device's share of the batch, mapped over the axis `data`.
+
+  Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the
+  result does not depend on how many carried them (but for the adapter's dropout, where it is on: each micro-batch draws
+  its own). Returns the new state and metrics (the mean over epochs), both the same on every device.
+  """
+  rows = micro_batches(batch, settings.num_micro_batches)
+  key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
+  of_batch = functools.partial(objective, settings, params, allowed_tokens, reward_temperature)
+
+  def update(carry, epoch):
+    trained, opt_state = carry
+
+    def terms(trained, micro, index):
+      index += epoch * settings.num_micro_batches
+      return of_batch(jax.random.fold_in(key, index) if settings.dropout else None, trained, micro)
+
+    def accumulate(total, xs):
+      (numerator, aux), grads = jax.value_and_grad(terms, has_aux=True)(trained, *xs)
+      return jax.tree.map(jnp.add, total, ((numerator, aux), grads)), None
+
+    first = jax.tree.map(lambda x: x[0], rows)
+    shapes = jax.eval_shape(jax.value_and_grad(terms, has_aux=True), trained, first, 0)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, _ = jax.lax.scan(accumulate, zeros, (rows, jnp.arange(settings.num_micro_batches)))
+    if jax.lax.axis_size(DATA_AXIS) > 1:  # XLA refuses a sum over one device beside a `model` axis of several
+      total = jax.lax.psum(total, DATA_AXIS)
+    (numerator, (denominator, sums)), grads = total
+
+    scale = jnp.where(denominator > 0, 1 / jnp.where(denominator > 0, denominator, 1.0), 0.0)
+    grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = optimizer.update(grads, opt_state, trained)
+    number = sums.pop("rows")
+    metrics = {k: v / number for k, v in sums.items()}
+    metrics |= {"loss": numerator * scale, "grad_norm": optax.tree.norm(grads)}
+    return (optax.apply_updates(trained, updates), opt_state), metrics
+
+  carry = (state.trained, state.opt_state)
+  if settings.num_epochs == 1:
+    carry, metrics = update(carry, 0)
+  else:
+    carry, metrics = jax.lax.scan(update, carry, jnp.arange(settings.num_epochs))
+    metrics = jax.tree.map(jnp.mean, metrics)
+  return TrainState(state.step + 1, *carry), metrics
+
+
+def step_settings(
+  config: ml_collections.ConfigDict, model: ModelConfig, stop_token_id: int, num_devices: int
+) -> StepSettings:
+  """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`)."""
+  method, supervised, gradients = config.method, config.method == "sft", {}
+  if method == "ppo":
+    gradients = {k: config.ppo[k] for k in ("clip", "value_clip", "value_weight")}
+  elif method == "grpo":
+    gradients = {k: config.grpo[k] for k in ("clip", "kl_coefficient")}
+  return StepSettings(
+    model, config.loss.name if method == "gfn" else method, config.loss.subtb_lambda,
+    1 if supervised else config.sampler.num_samples,
+    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, config.lora.dropout > 0,
+    config.model.remat, num_epochs(config), gradients,
+  )  # fmt: skip
+
+
+def num_epochs(config: ml_collections.ConfigDict) -> int:
+  """Updates that are made on a step's batch."""
+  return config[config.method].num_epochs if config.method in ("ppo", "grpo") else 1
+
+
+def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
+  """AdamW with linear warm-up, perhaps linear decay, and clipping for adapter and critic; Adam for log_partition."""
+  c = config.train
+  warmup = max(1, c.warmup_steps)
+  rate = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup)
+  if c.decay_steps:
+    decay = optax.linear_schedule(c.learning_rate, 0.0, max(1, c.decay_steps - warmup))
+    rate = optax.join_schedules([rate, decay], [warmup])
+  epochs = num_epochs(config)
+  adapter = optax.chain(
+    optax.clip_by_global_norm(c.clip_norm),
+    optax.adamw(lambda count: rate(count // epochs), b1=0.9, b2=0.99, weight_decay=c.weight_decay),
+  )
+  log_partition = optax.adam(config.loss.log_partition_learning_rate)
+  labels = {"lora": "adapter", "value": "adapter", "log_partition": "log_partition"}
+  return optax.multi_transform(
+    {"adapter": adapter, "log_partition": log_partition}, lambda tree: {k: labels[k] for k in tree}
+  )
