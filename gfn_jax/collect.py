@@ -12,6 +12,8 @@ from gfn_jax.config import num_micro_batches
 from gfn_jax.replay import ReplayBuffer
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
+MIN_PROMPTS = 8  # of a supervised step, where as many rows allow it
+
 
 class Collector:
   """Draws the behaviours of a step, samples and scores what is fresh, replays the rest (paper section 3.3).
@@ -172,8 +174,9 @@ class Collector:
 class DemonstrationCollector(Collector):
   """Demonstrations alone, for supervised fine-tuning: as many rows a step as `Collector` has.
 
-  Demonstrations of one prompt (the rationales of an M-step) are drawn together, as many as all prompts have, and share
-  the prompt's keys and values; where prompts have one each, a row is a query.
+  Demonstrations of one prompt (the rationales of an M-step) are drawn together and share its keys and values: as many
+  as every prompt has, but of at least `MIN_PROMPTS` prompts a step. Where prompts have one each, a row is a query, and
+  so it is where devices or micro-batches could not share the prompts evenly.
   """
 
   def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
@@ -206,10 +209,13 @@ class DemonstrationCollector(Collector):
     rows = config.train.num_queries * config.sampler.num_samples
     shares = len(self._sampler.devices)
     shares *= num_micro_batches(config, shares)
-    together = max(n for n in range(1, min(map(len, groups)) + 1) if n == 1 or rows % (n * shares) == 0)
+    most = min(map(len, groups))
+    together = max(n for n in range(1, most + 1) if n == 1 or (rows % n == 0 and rows // n >= MIN_PROMPTS))
+    if rows // together % shares:
+      together = 1
     plan = data.plan_step(config.seed, step, np.ones(len(groups)), rows // together, self._behavior)
     rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
-    drawn = [groups[g] if together == 1 else rng.choice(groups[g], together, replace=False) for g in plan.query_ids]
+    drawn = [g if len(g) == 1 else rng.choice(g, together, replace=False) for g in (groups[i] for i in plan.query_ids)]
     queries = np.array([ids[0] for ids in drawn])
     rationales = [self.replay.sample(int(i), 1, rng, config.replay.prioritized) for ids in drawn for i in ids]
     return self._batch(queries, *(np.concatenate(field) for field in zip(*rationales))), {}

@@ -307,4 +307,10 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     config.method != "grpo" or s.num_samples > 1,
     f"config.sampler.num_samples {s.num_samples}: method 'grpo' compares the samples of a query, and needs at least 2",
   )
+  _require(
+    not config.em.num_rounds or config.em.batch_size % num_devices == 0,
+    f"config.em.batch_size {config.em.batch_size} is not divisible by the {num_devices} devices",
+  )
+  shots = tuple(config.eval.shots)
+  _require(min(shots, default=1) > 0, f"config.eval.shots is {shots}: must be positive numbers of demonstrations")
   _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

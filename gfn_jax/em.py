@@ -48,7 +48,8 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
     step.method, step.em.num_rounds, step.em.rationales_path = "sft", 0, os.fspath(rationales)
     step.lora.init_from = step.reward.adapter = None
     step.sampler.max_length, step.sampler.num_samples = max_length, 1
-    step.train.num_queries, step.train.micro_batch_queries = em.batch_size, math.gcd(em.batch_size, MICRO_BATCH)
+    step.train.num_queries = em.batch_size
+    step.train.micro_batch_queries = math.gcd(em.batch_size // jax.local_device_count(), MICRO_BATCH)
     step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
     step.train.warmup_steps, step.train.decay_steps = em.warmup_steps, 0
     step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0

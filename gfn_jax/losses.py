@@ -269,7 +269,7 @@ def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coe
   """Group-relative policy optimisation (Shao et al., 2024, Eq. 3): meant over a row's acts, and then over the rows.
 
   The penalty is their Eq. 4, p / q - log(p / q) - 1 >= 0 for the reference's p. With one update a step and advantages
-  that are centred only, this is REINFORCE with the group's mean as its baseline.
+  that are centred only, and without the penalty, this is REINFORCE with the group's mean as its baseline.
 
   Args:
     log_prob: of the acts under the policy, nats. acts: what was measured before the update.

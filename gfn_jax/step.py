@@ -146,6 +146,8 @@ def step_settings(
 ) -> StepSettings:
   """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`)."""
   method, supervised, gradients = config.method, config.method == "sft", {}
+  # Policy gradients compare the policy with itself before the update: no dropout in between.
+  dropout = config.lora.dropout > 0 and method in ("gfn", "sft")
   if method == "ppo":
     gradients = {k: config.ppo[k] for k in ("clip", "value_clip", "value_weight")}
   elif method == "grpo":
@@ -153,7 +155,7 @@ def step_settings(
   return StepSettings(
     model, config.loss.name if method == "gfn" else method, config.loss.subtb_lambda,
     1 if supervised else config.sampler.num_samples,
-    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, config.lora.dropout > 0,
+    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, dropout,
     config.model.remat, num_epochs(config), gradients,
   )  # fmt: skip
 

@@ -119,18 +119,22 @@ def write_model_card(
 ) -> None:
   """adapter/README.md: base, task, `reward` in words, seed, and how close the policy is to the posterior."""
   rows = "\n".join(f"| `{k}` | {v:.4g} |" for k, v in sorted(results.items()) if k.split("/")[1] == config.method)
-  r = config.reward
+  kind, aim = {
+    "gfn": ("GFlowNet", f"samples Z in proportion to R(Z)^(1/{config.reward.temperature_end:g}),"),
+    "sft": ("supervised", "imitates the demonstrations; it was measured by"),
+  }.get(config.method, (config.method.upper(), "seeks the largest reward,"))
+  objective = config.loss.name if config.method == "gfn" else config.method
   text = f"""---
 base_model: {pretrained.source}
 library_name: peft
-tags: [gflownet, lora, {config.task}]
+tags: [{kind.lower()}, lora, {config.task}]
 ---
 
-# {config.task}: a GFlowNet sampler on {pretrained.source}
+# {config.task}: a {kind} sampler on {pretrained.source}
 
-A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that samples Z in proportion to
-R(Z)^(1/{r.temperature_end:g}), R(Z) = {reward}.
-Loss {config.loss.name}, {config.train.num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
+A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that {aim}
+R(Z) = {reward}.
+Loss {objective}, {config.train.num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
 
 Licence: that of the base model, {pretrained.licence}.
 
@@ -162,7 +166,10 @@ def plan(
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
   micro_batches = num_micro_batches(c, len(devices))
-  r = c.reward
+  r, objective = c.reward, c.method
+  if c.method == "gfn":
+    objective = f"{c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
+    objective += f"over {r.temperature_horizon} steps"
   precision = c.model.quantization or c.model.dtype
   return "\n".join([
     f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {precision})",
@@ -170,7 +177,6 @@ def plan(
     f"devices   {len(devices)} x {devices[0].device_kind}",
     f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
     f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} a device",
-    f"objective {c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
-      f"over {r.temperature_horizon} steps",
+    f"objective {objective}",
     f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",
   ])  # fmt: skip

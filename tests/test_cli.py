@@ -86,6 +86,7 @@ CASES = {
   "grpo of one sample": (
     [SMOKE, "--config.method=grpo", "--config.sampler.num_samples=1"], ["config.sampler.num_samples 1", "at least 2"],
   ),
+  "negative shots": ([SMOKE, "--config.eval.shots=(-1,)"], ["config.eval.shots", "(-1,)", "positive"]),
   "too many shots": ([SMOKE, "--config.eval.shots=(60,)"], ["config.eval.shots 60", "has 50"]),
   "damaged workdir": ([SMOKE, "--workdir={}/other"], ["{}/other/config.json", "damaged", "another folder"]),
   "workdir whose config is a list": ([SMOKE, "--workdir={}/listed"], ["{}/listed/config.json", "damaged"]),

@@ -43,9 +43,11 @@ def rows_of(batch):
   "prompts, rows, num_prompts",
   (
     ("abcdefgh", 4, 4),  # a demonstration each
-    ("aaaabbbbcccc", 8, 2),  # four together
-    ("aaaabbbbccc", 6, 2),  # as many as every prompt has
-    ("aaaabbbbccc", 8, 4),  # three do not divide the rows
+    ("aaaabbbbcccc", 32, 8),  # four together
+    ("aaaabbbbccc", 24, 8),  # as many as every prompt has
+    ("aaaabbbbccc", 32, 16),  # three do not divide the rows
+    ("aaaabbbbcccc", 8, 8),  # of at least eight prompts
+    ("aaaaabcc", 16, 16),  # one prompt has a single one
   ),
 )
 def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompts):
@@ -55,8 +57,9 @@ def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompt
     assert len(batch.prompt_tokens) == num_prompts and len(batch.tokens) == rows
     found = rows_of(batch)
     assert all(prompts[z] == prompt for prompt, z in found)
-    if rows <= len(prompts) and num_prompts <= len(set(prompts)):
-      assert len(set(found)) == rows  # none twice
+    together = rows // num_prompts
+    for begin in range(0, rows, together):
+      assert len(set(found[begin : begin + together])) == together  # none twice behind one prompt
     again, _ = collector({}, step, KEY)
     np.testing.assert_array_equal(again.tokens, batch.tokens)
 

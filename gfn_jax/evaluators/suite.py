@@ -50,6 +50,9 @@ class Suite:
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
     shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
+    empty = [k for k in config.eval.shots if not task.context_tokens(k)]
+    if empty:
+      raise ValueError(f"config.eval.shots {empty[0]}: the task {task.name!r} has no demonstrations to show")
     reserved = max(len(task.context_tokens(k)) for k in shots) + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
