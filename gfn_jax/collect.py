@@ -19,7 +19,7 @@ class Collector:
   """Draws the behaviours of a step, samples and scores what is fresh, replays the rest (paper section 3.3).
 
   Attributes:
-    replay: the buffer; a run's only host state.
+    replay: the buffer.
   """
 
   def __init__(self, parts: Any, table: Queries):
@@ -30,7 +30,7 @@ class Collector:
     """
     config, task = parts.config, parts.task
     self._config, self._task, self._table = config, task, table
-    self._params, self._sampler, self._reward = parts.params, parts.sampler, parts.reward
+    self._sampler, self._reward = parts.sampler, parts.reward
     self._max_positions = parts.pretrained.config.max_positions
     self._behavior = config.behavior
     self._replay_settings = {

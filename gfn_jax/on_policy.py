@@ -56,7 +56,7 @@ class OnPolicyCollector(Collector):
 
   def __init__(self, parts: Any, table: Queries):
     super().__init__(parts, table)
-    self._behavior, config = ON_POLICY, parts.config
+    self._behavior, self._params, config = ON_POLICY, parts.params, parts.config
     self._devices, self._allowed = parts.devices, jnp.asarray(parts.task.allowed_tokens)
     self._measure = jax.pmap(
       functools.partial(

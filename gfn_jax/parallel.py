@@ -24,7 +24,7 @@ def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
 
 def split(tree: Any, devices: Sequence[jax.Device]) -> Any:
   """Leading axis [D * n, ...] -> [D, n, ...], as `jax.pmap` takes it."""
-  return jax.tree.map(lambda x: x.reshape(len(devices), x.shape[0] // len(devices), *x.shape[1:]), tree)
+  return micro_batches(tree, len(devices))
 
 
 def micro_batches(batch: Any, number: int) -> Any:

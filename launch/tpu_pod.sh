@@ -16,7 +16,7 @@ launch/tpu_pod.sh ACTION --name=NAME --zone=ZONE [OPTION...] [-- COMMAND...]
   status   the queued resource's state
   delete   delete the pod and its request
 
-  --accelerator-type=TYPE --runtime-version=VERSION   of create and run: v6e-16, v2-alpha-tpuv6e
+  --accelerator-type=TYPE --runtime-version=VERSION   of create and run: v6e-8, v2-alpha-tpuv6e
   --spot              of create and run: cheaper, and can be preempted
   --prepare=SHELL     of run and setup: run on each worker after the installation, as what mounts the workdir's file
                       system. A new pod knows nothing of the old one; on an old one it runs again.
@@ -224,7 +224,7 @@ done
 [[ $name =~ ^[a-z]([-a-z0-9]*[a-z0-9])?$ ]] || fail "--name='$name' may have lower case letters, digits and - alone"
 [[ -n $zone ]] || fail "--zone is missing, as --zone=us-east5-b"
 if [[ $action == run || $action == create ]]; then
-  [[ -n $accelerator_type ]] || fail "--accelerator-type is missing, as --accelerator-type=v6e-16"
+  [[ -n $accelerator_type ]] || fail "--accelerator-type is missing, as --accelerator-type=v6e-8"
   [[ -n $runtime_version ]] || fail "--runtime-version is missing, as --runtime-version=v2-alpha-tpuv6e"
 fi
 [[ $max_restarts =~ ^[0-9]+$ ]] || fail "--max-restarts='$max_restarts' is no whole number"
