@@ -9,9 +9,11 @@ import numpy as np
 
 from gfn_jax import data
 from gfn_jax.config import num_micro_batches
+from gfn_jax.prefix_tree import build_trees
 from gfn_jax.replay import ReplayBuffer
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
+SAMPLES_PER_TREE = 8  # of the loss: attention within a tree is quadratic in its nodes, and its gradient keeps it all
 MIN_PROMPTS = 8  # of a supervised step, where as many rows allow it
 
 
@@ -140,9 +142,10 @@ class Collector:
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
     q = self._table[query_ids]
+    trees = build_trees(tokens, length, num_queries=len(query_ids), samples_per_tree=SAMPLES_PER_TREE)
     return Batch(
       q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
-      terminable_prefixes(length, action_mask), log_reward,
+      terminable_prefixes(length, action_mask), log_reward, trees,
     )  # fmt: skip
 
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:

@@ -36,16 +36,17 @@ def measure(
 
   def of(micro: Batch):
     def score(lora):
-      states = policy.prefix_states(model, params, lora, micro.prompt_tokens, micro.prompt_mask, micro.tokens)
+      states = policy.node_states(model, params, lora, micro.prompt_tokens, micro.prompt_mask, micro.trees)
       log_pf, log_pterm = policy.score_states(
-        model, params, states, micro.tokens, micro.length, micro.action_mask, allowed_tokens=allowed_tokens,
+        model, params, states, micro.trees, micro.length, micro.action_mask, allowed_tokens=allowed_tokens,
         stop_token_id=stop_token_id, max_length=max_length,
       )  # fmt: skip
       return act_log_probs(log_pf, log_pterm, micro.length), states
 
     (log_prob, states), (log_reference, _) = score(trained["lora"]), score(None)
-    value = policy.state_values(trained["value"], states) if "value" in trained else jnp.zeros_like(log_prob)
-    return log_prob, log_reference, value
+    if "value" not in trained:
+      return log_prob, log_reference, jnp.zeros_like(log_prob)
+    return log_prob, log_reference, policy.of_prefixes(policy.state_values(trained["value"], states), micro.trees)
 
   rows = jax.lax.map(of, micro_batches(batch, num_micro_batches))
   return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)

@@ -19,6 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
 from gfn_jax import cli
+from gfn_jax.collect import SAMPLES_PER_TREE
 from gfn_jax.config import base_config, validate
 from gfn_jax.models import Pretrained
 from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, read_config
@@ -30,7 +31,7 @@ from gfn_jax.models.shapes import SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
 from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.train import initial_trained, starting_adapter
-from gfn_jax.types import Acts, Batch, TrainState
+from gfn_jax.types import Acts, Batch, TrainState, Trees
 
 PROMPT_TOKENS = 24  # what a question of four operands takes, to the next multiple of 8
 ATTENTION = ("q", "k", "v", "qkv", "o")
@@ -120,9 +121,11 @@ def abstract_state(config: ml_collections.ConfigDict, model: ModelConfig) -> Tra
 
 
 def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Batch:
-  """A step's batch, of all devices, as shapes and dtypes."""
+  """A step's batch, of all devices, as shapes and dtypes: the most that it can be, samples without common prefixes."""
   queries, t = config.train.num_queries, config.sampler.max_length
-  rows = queries * config.sampler.num_samples
+  samples = config.sampler.num_samples
+  rows, trees = queries * samples, -(-samples // SAMPLES_PER_TREE)
+  nodes = -(-samples // trees) * t
   array = jax.ShapeDtypeStruct
   return Batch(
     prompt_tokens=array((queries, prompt_tokens), jnp.int32),
@@ -133,6 +136,10 @@ def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Bat
     action_mask=array((rows, t), bool),
     terminable=array((rows, t + 1), bool),
     log_reward_untempered=array((rows, t + 1), jnp.float32),
+    trees=Trees(
+      *[array((queries, trees, nodes), jnp.int32)] * 3, array((queries, trees, nodes + 1, nodes), bool),
+      array((rows, t + 1), jnp.int32),
+    ),
     acts=Acts(array((rows, t + 1), bool), *[array((rows, t + 1), jnp.float32)] * 5)
     if config.method in ("ppo", "grpo")
     else None,

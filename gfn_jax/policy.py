@@ -9,9 +9,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gfn_jax.models.architectures import ModelConfig
-from gfn_jax.models.decoder import causal_mask, hidden_states, output_logits
+from gfn_jax.models.decoder import output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import encode_prompts, masked_log_softmax
+from gfn_jax.models.prefix import encode_prompts, masked_log_softmax, tree_states
+from gfn_jax.prefix_tree import chains
+from gfn_jax.types import Trees
 
 
 def action_log_probs(logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array, "V"]) -> Float[Array, "*lead V"]:
@@ -19,39 +21,41 @@ def action_log_probs(logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array
   return masked_log_softmax(logits, allowed_tokens)
 
 
-def prefix_states(
+def node_states(
   config: ModelConfig,
   params: dict,
   lora: Lora | None,
   prompt_tokens: Int[Array, "Q P"],
   prompt_mask: Bool[Array, "Q P"],
-  tokens: Int[Array, "B T"],
+  trees: Trees,
   *,
   dropout_key: jax.Array | None = None,
   remat: str = "none",
-) -> Float[Array, "B S D"]:
-  """Hidden states of every prefix of B = Q * N trajectories, grouped by query; differentiable in `lora`.
+) -> Float[Array, "Q K W D"]:
+  """Hidden states of the W = U + 1 nodes of each tree; differentiable in `lora`.
 
-  The N samples of a query share its prompt's keys and values. Arguments as of `score`.
+  A query's prompt is computed once, and so is what its trajectories begin with. Arguments as of `score`.
   """
-  queries, num_tokens = prompt_tokens.shape[0], tokens.shape[1]
   keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
   prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, dropout_key=keys[0], remat=remat)
-  grouped = tokens.reshape(queries, -1, num_tokens)
-  positions = jnp.broadcast_to(prefix.length[:, None, None] + jnp.arange(num_tokens), grouped.shape)
-  hidden, _ = hidden_states(
-    config, params, lora, grouped, positions, causal_mask(num_tokens), prefix.segments(2), keys[1], unroll=True,
-    remat=remat,
-  )  # fmt: skip
-  first = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*grouped.shape[:2], 1, hidden.shape[-1]))
-  return jnp.concatenate([first, hidden], axis=2).reshape(len(tokens), num_tokens + 1, -1)
+  hidden, _ = tree_states(
+    config, params, lora, prefix, trees.tokens, trees.depths, trees.ancestors, keys[1], unroll=True, remat=remat
+  )
+  return hidden
+
+
+def of_prefixes(values: Float[Array, "Q K W"], trees: Trees) -> Float[Array, "B S"]:
+  """What stands at the nodes, for the prefixes of each trajectory."""
+  queries, (rows, prefixes) = len(values), trees.node_of.shape
+  found = jnp.take_along_axis(values.reshape(queries, -1), trees.node_of.reshape(queries, -1), axis=1)
+  return found.reshape(rows, prefixes)
 
 
 def score_states(
   config: ModelConfig,
   params: dict,
-  states: Float[Array, "B S D"],
-  tokens: Int[Array, "B T"],
+  states: Float[Array, "Q K W D"],
+  trees: Trees,
   length: Int[Array, "B"],
   action_mask: Bool[Array, "B T"],
   *,
@@ -59,13 +63,15 @@ def score_states(
   stop_token_id: int,
   max_length: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
-  """`score`, from the states of `prefix_states`."""
+  """`score`, from the states of `node_states`."""
   log_probs = action_log_probs(output_logits(config, params, states), allowed_tokens)
-  log_pf = jnp.take_along_axis(log_probs[:, :-1], tokens[..., None], axis=-1)[..., 0]
-  log_pf = jnp.where(action_mask, log_pf, 0.0)
-  prefixes = jnp.arange(states.shape[1])
+  at = jnp.ogrid[tuple(map(slice, trees.parents.shape))][:-1]
+  log_step = log_probs[*at, trees.parents, trees.tokens]  # from its parent to each node
+  log_pf = of_prefixes(jnp.pad(log_step, ((0, 0), (0, 0), (0, 1))), trees)[:, 1:]
+  log_pterm = of_prefixes(log_probs[..., stop_token_id], trees)
+  prefixes = jnp.arange(trees.node_of.shape[1])
   free = (prefixes <= length[:, None]) & (prefixes < max_length)
-  return log_pf, jnp.where(free, log_probs[..., stop_token_id], 0.0)
+  return jnp.where(action_mask, log_pf, 0.0), jnp.where(free, log_pterm, 0.0)
 
 
 def score(
@@ -99,11 +105,10 @@ def score(
     log_pf [B, T] = log q(z_t | z_<t), 0 where action_mask is False; log_pterm [B, S] = log q(stop | z_1:t), 0 at
     max_length and past `length`.
   """
-  states = prefix_states(
-    config, params, lora, prompt_tokens, prompt_mask, tokens, dropout_key=dropout_key, remat=remat
-  )  # fmt: skip
+  trees = chains(tokens, len(prompt_tokens))
+  states = node_states(config, params, lora, prompt_tokens, prompt_mask, trees, dropout_key=dropout_key, remat=remat)
   return score_states(
-    config, params, states, tokens, length, action_mask, allowed_tokens=allowed_tokens, stop_token_id=stop_token_id,
+    config, params, states, trees, length, action_mask, allowed_tokens=allowed_tokens, stop_token_id=stop_token_id,
     max_length=max_length,
   )  # fmt: skip
 
@@ -113,6 +118,6 @@ def init_value_head(config: ModelConfig) -> dict[str, Float[Array, "..."]]:
   return {"kernel": jnp.zeros(config.hidden_size), "bias": jnp.zeros(())}
 
 
-def state_values(head: dict[str, Array], states: Float[Array, "B S D"]) -> Float[Array, "B S"]:
-  """The critic's prediction of the return at every prefix, nats."""
+def state_values(head: dict[str, Array], states: Float[Array, "Q K W D"]) -> Float[Array, "Q K W"]:
+  """The critic's prediction of the return at every node, nats."""
   return states.astype(jnp.float32) @ head["kernel"] + head["bias"]

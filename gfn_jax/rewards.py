@@ -18,8 +18,8 @@ import numpy as np
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
-from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, without_start
-from gfn_jax.prefix_tree import build_tree
+from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, tree_states, without_start
+from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
 from gfn_jax.types import Example, Queries
 
 MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls
@@ -49,9 +49,7 @@ def _score_trees(
   Where the target is empty, the stop token (unless it is None) ends the text, and its probability joins that of z.
   """
   prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, context)
-  positions = prefix.length[:, None] + depths - 1
-  hidden, kv = hidden_states(config, params, lora, tokens, positions, ancestors[:, :-1], prefix.segments(1))
-  hidden = jnp.concatenate([hidden, prefix.last_hidden[:, None]], axis=1)  # the root last, where `parents` seeks it
+  hidden, kv = tree_states(config, params, lora, prefix, tokens, depths, ancestors)
   logits = output_logits(config, params, hidden)
   take = functools.partial(jnp.take_along_axis, axis=1)
 
@@ -72,6 +70,7 @@ def _score_trees(
     inputs = jnp.broadcast_to(target_tokens[:, None, :-1], (*branches.shape, target_tokens.shape[1] - 1))
     node_depths = jnp.pad(depths, ((0, 0), (0, 1)))
     start = prefix.length[:, None] + take(node_depths, branches)
+    positions = prefix.length[:, None] + depths - 1
     segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :], positions[:, None, None])]
     n = inputs.shape[-1]
     # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
@@ -94,29 +93,18 @@ def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax
   return encode, score
 
 
-def _bucket(n: int, smallest: int = 32) -> int:
-  """The next of 32, 48, 64, 96, 128, ... (from `smallest`, a power of 2): every size is a program to compile."""
-  size = smallest
-  while size < n:
-    size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
-  return size
-
-
 @dataclasses.dataclass(frozen=True)
 class _Tree:
-  """One tree and the rows it came from: what a device call takes, before padding."""
+  """A tree of rows of one query, and the nodes whose rewards are wanted: what a device call takes, before padding."""
 
-  arrays: dict[str, np.ndarray]
+  query: int
   rows: np.ndarray
-  node_of: np.ndarray
-
-  @property
-  def num_branches(self) -> int:
-    return len(self.arrays["branches"])
+  tree: PrefixTree
+  branches: np.ndarray
 
   @property
   def size(self) -> int:
-    return max(len(self.arrays["tokens"]), self.num_branches)
+    return max(len(self.tree), len(self.branches))
 
 
 class RewardModel:
@@ -176,73 +164,58 @@ class RewardModel:
     num_samples = len(tokens) // len(prompt_tokens)
     trees = []
     for q in range(len(prompt_tokens)):
-      rows = np.arange(q * num_samples, (q + 1) * num_samples)
-      rows = rows[np.lexsort(tokens[rows].T[::-1])]  # neighbours share prefixes
-      for part in np.array_split(rows, -(-num_samples // SAMPLES_PER_TREE)):
-        trees.append(
-          self._tree(q, part, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask)
-        )
+      first = q * num_samples
+      for rows in groups(tokens[first : first + num_samples], SAMPLES_PER_TREE):
+        rows = first + rows
+        tree = build_tree(tokens[rows], length[rows])
+        trees.append(_Tree(q, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
     trees.sort(key=lambda tree: -tree.size)  # trees of a call are padded to its largest
 
     log_p_prefix, log_p_target = np.zeros(terminable.shape, np.float32), np.zeros(terminable.shape, np.float32)
+    of_query = (prompt_tokens, prompt_mask, target_tokens, target_mask)
     pending = []
     while trees:
-      chunk, arrays = self._next_chunk(trees)
+      chunk, arrays = self._next_chunk(trees, *of_query)
       trees = trees[len(chunk) :]
       pending.append((chunk, self._score(self._params, self._lora, self._context, self._allowed, *arrays)))
     for chunk, results in pending:
       prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
-      for tree, a, b in zip(chunk, prefixes, targets):
-        wanted = terminable[tree.rows]
-        slot = np.zeros(len(tree.arrays["tokens"]) + 1, np.int64)
-        slot[tree.arrays["branches"]] = np.arange(tree.num_branches)
-        log_p_prefix[tree.rows] = np.where(wanted, a[slot[tree.node_of]], 0.0)
-        log_p_target[tree.rows] = np.where(wanted, b[slot[tree.node_of]], 0.0)
+      for part, a, b in zip(chunk, prefixes, targets):
+        wanted = terminable[part.rows]
+        slot = np.zeros(len(part.tree) + 1, np.int64)
+        slot[part.branches] = np.arange(len(part.branches))
+        log_p_prefix[part.rows] = np.where(wanted, a[slot[part.tree.node_of]], 0.0)
+        log_p_target[part.rows] = np.where(wanted, b[slot[part.tree.node_of]], 0.0)
     return log_p_prefix, log_p_target
 
-  def _tree(self, q, rows, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask) -> _Tree:
-    tree = build_tree(tokens[rows], length[rows])
-    arrays = {
-      "prompt_tokens": prompt_tokens[q],
-      "prompt_mask": prompt_mask[q],
-      "tokens": tree.tokens,
-      "parents": tree.parents,
-      "depths": tree.depths,
-      "ancestors": tree.ancestors,
-      "branches": np.unique(tree.node_of[terminable[rows]]).astype(np.int32),
-      "target_tokens": target_tokens[q],
-      "target_mask": target_mask[q],
-    }
-    return _Tree(arrays, rows, tree.node_of)
-
-  def _next_chunk(self, trees: list[_Tree]) -> tuple[list[_Tree], list[np.ndarray]]:
+  def _next_chunk(
+    self, trees: list[_Tree], prompt_tokens, prompt_mask, target_tokens, target_mask
+  ) -> tuple[list[_Tree], list[np.ndarray]]:
     """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
-    branch_tokens = max(1, trees[0].arrays["target_tokens"].shape[0] - 1)
-    nodes = _bucket(trees[0].size)
+    branch_tokens = max(1, target_tokens.shape[1] - 1)
+    nodes = bucket(trees[0].size, smallest=32)
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
     fitting = max(1, limit // (nodes * branch_tokens))
     needed = -(-len(trees) // len(self._devices))
     per_device = min(1 << (fitting.bit_length() - 1), 1 << (needed - 1).bit_length())
     chunk = trees[: per_device * len(self._devices)]
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
-    branches = min(nodes, _bucket(max(tree.num_branches for tree in chunk), smallest=8))
+    most = max(len(part.branches) for part in chunk)
+    branches = min(nodes, bucket(most, smallest=8))
 
-    def padded(tree):
-      a, size = dict(tree.arrays), len(tree.arrays["tokens"])
-      move_root = lambda x: np.where(x == size, nodes, x)  # noqa: E731
-      a["tokens"] = np.pad(a["tokens"], (0, nodes - size))
-      a["parents"] = np.pad(move_root(a["parents"]), (0, nodes - size), constant_values=nodes)
-      a["depths"] = np.pad(a["depths"], (0, nodes - size), constant_values=1)
-      ancestors = np.zeros((nodes + 1, nodes), bool)
-      ancestors[:size, :size] = a["ancestors"][:-1]
-      a["ancestors"] = ancestors
-      a["branches"] = np.pad(move_root(a["branches"]), (0, branches - tree.num_branches), constant_values=nodes)
-      return a
+    def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
+      q, tree = part.query, part.tree.padded(nodes)
+      ends = np.where(part.branches == len(part.tree), nodes, part.branches)
+      ends = np.pad(ends, (0, branches - len(ends)), constant_values=nodes)
+      return (
+        prompt_tokens[q], prompt_mask[q], tree.tokens, tree.parents, tree.depths, tree.ancestors, ends,
+        target_tokens[q], target_mask[q],
+      )  # fmt: skip
 
-    rows = [padded(t) for t in chunk]
+    rows = [arrays(part) for part in chunk]
     rows += [rows[-1]] * (per_device * len(self._devices) - len(rows))
     shape = (len(self._devices), per_device)
-    return chunk, [np.stack([r[k] for r in rows]).reshape(*shape, *rows[0][k].shape) for k in rows[0]]
+    return chunk, [np.stack(x).reshape(*shape, *x[0].shape) for x in zip(*rows)]
 
 
 class Reward:

@@ -48,12 +48,12 @@ def objective(
   batch: Batch,
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
   """The loss of a (micro-)batch before its division: numerator, denominator, and sums over the rows for the log."""
-  states = policy.prefix_states(
-    settings.model, params, trained["lora"], batch.prompt_tokens, batch.prompt_mask, batch.tokens,
+  states = policy.node_states(
+    settings.model, params, trained["lora"], batch.prompt_tokens, batch.prompt_mask, batch.trees,
     dropout_key=dropout_key, remat=settings.remat,
   )  # fmt: skip
   log_pf, log_pterm = policy.score_states(
-    settings.model, params, states, batch.tokens, batch.length, batch.action_mask, allowed_tokens=allowed_tokens,
+    settings.model, params, states, batch.trees, batch.length, batch.action_mask, allowed_tokens=allowed_tokens,
     stop_token_id=settings.stop_token_id, max_length=settings.max_length,
   )  # fmt: skip
   log_prob = losses.act_log_probs(log_pf, log_pterm, batch.length)
@@ -61,7 +61,7 @@ def objective(
     case "sft":  # it knows no reward
       terms = losses.sft_terms(log_pf, log_pterm, batch.terminable, batch.action_mask)
     case "ppo":
-      value = policy.state_values(trained["value"], states)
+      value = policy.of_prefixes(policy.state_values(trained["value"], states), batch.trees)
       terms = losses.ppo_terms(log_prob, value, batch.acts, **settings.policy_gradient)
     case "grpo":
       terms = losses.grpo_terms(log_prob, batch.acts, **settings.policy_gradient)

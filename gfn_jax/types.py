@@ -3,6 +3,7 @@
   B  trajectories, grouped by query: B = Q * N        Q  queries        N  samples of a query
   P  prompt tokens (left-padded)                      T  generated tokens (right-padded)
   S  prefixes of a trajectory: S = T + 1, the empty one first. T and S are never mixed
+  K  prefix trees of a query                          U  nodes of a tree
   Y  target tokens                                    C  context tokens (demonstrations)
   V  vocabulary                                       D  devices
 
@@ -124,6 +125,27 @@ def terminable_prefixes(length: Array, action_mask: Array) -> np.ndarray:
 
 
 @flax.struct.dataclass
+class Trees:
+  """The distinct prefixes of a batch's trajectories: K trees a query, of U nodes each, every node a non-empty prefix.
+
+  A parent stands before its children, and the root, the empty prefix, is node U. Padding hangs beneath the root.
+
+  Attributes:
+    tokens: int [Q, K, U], the last token of each prefix.
+    parents: int [Q, K, U]; U for children of the root.
+    depths: int [Q, K, U], tokens of each prefix, from 1.
+    ancestors: bool [Q, K, U + 1, U], which nodes stand on the way to a node, itself included.
+    node_of: int [B, S], where the prefixes of each trajectory stand among the K (U + 1) nodes of its query.
+  """
+
+  tokens: Any
+  parents: Any
+  depths: Any
+  ancestors: Any
+  node_of: Any
+
+
+@flax.struct.dataclass
 class Acts:
   """What policy gradients know of a step's trajectories before they update: [B, S], of what is done at each prefix.
 
@@ -150,6 +172,7 @@ class Batch:
     query_ids: int [Q], rows of the training set.
     tokens, length, action_mask, terminable: as in `Trajectory`.
     log_reward_untempered: float [B, S].
+    trees: of the trajectories' prefixes.
     acts: of policy-gradient methods alone.
   """
 
@@ -161,6 +184,7 @@ class Batch:
   action_mask: Any
   terminable: Any
   log_reward_untempered: Any
+  trees: Trees
   acts: Acts | None = None
 
 

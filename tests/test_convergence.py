@@ -24,6 +24,7 @@ from enumeration import (
 )
 from gfn_jax.models import LoraConfig, init_lora
 from gfn_jax.parallel import DATA_AXIS, split
+from gfn_jax.prefix_tree import build_trees
 from gfn_jax.rewards import Reward, RewardModel, whole_log_rewards
 from gfn_jax.sampler import Sampler
 from gfn_jax.step import StepSettings, train_step
@@ -113,7 +114,7 @@ def learn(loss_name, num_steps, *, min_length=0, with_tool=False, temperature=No
       log_reward_untempered[row, t] = reward_of[zs[row][:t]]  # KeyError: not a string of the tree
     batch = Batch(
       prompt_tokens, prompt_mask, np.zeros(2, np.int32), z.tokens, z.length, z.action_mask, terminable,
-      log_reward_untempered,
+      log_reward_untempered, build_trees(z.tokens, z.length, num_queries=2, samples_per_tree=8),
     )  # fmt: skip
     state, metrics = update(params, allowed, jnp.float32(1.0), key, state, split(batch, jax.local_devices()[:1]))
   learned = scored(pretrained, state.trained["lora"], PROMPT, every)

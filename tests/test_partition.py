@@ -171,6 +171,7 @@ import jax, jax.numpy as jnp, numpy as np
 from configs import arith
 from gfn_jax.models.partition import tree_shardings
 from gfn_jax.parallel import make_mesh, map_step
+from gfn_jax.prefix_tree import build_trees
 from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.types import Batch, TrainState, terminable_prefixes
 from testing import random_lora, tiny_pretrained
@@ -191,6 +192,7 @@ mask = np.arange(P) >= rng.integers(0, 3, Q)[:, None]
 batch = Batch(
   np.where(mask, rng.integers(0, 72, (Q, P)), 0).astype(np.int32), mask, np.arange(Q, dtype=np.int32), tokens,
   length, inside, terminable_prefixes(length, inside), rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
+  build_trees(tokens, length, num_queries=Q, samples_per_tree=8),
 )
 optimizer = make_optimizer(config)
 

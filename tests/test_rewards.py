@@ -3,8 +3,6 @@
 import functools
 import json
 
-from hypothesis import given, settings
-from hypothesis import strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,7 +10,6 @@ import pytest
 from gfn_jax import policy, rewards
 from gfn_jax.data import pad_left, pad_right, query_table
 from gfn_jax.models import load_pretrained, logits
-from gfn_jax.prefix_tree import build_tree
 from gfn_jax.rewards import SAMPLES_PER_TREE, Reward, RewardModel, prefix_log_rewards, whole_log_rewards
 from gfn_jax.task import Task
 from gfn_jax.types import Example
@@ -365,41 +362,3 @@ def test_four_devices_give_the_numbers_of_one():
   batch = query_batch(pretrained.config.vocab_size, num_samples=7)
   one = RewardModel(pretrained, context=np.array(CONTEXT, np.int32))(*batch)
   np.testing.assert_allclose(np.array(four), np.stack(one), rtol=0, atol=1e-5)
-
-
-# ---- The tree of distinct prefixes
-
-
-@st.composite
-def samples(draw):
-  """(tokens [N, T], length [N]) over few tokens, so that samples share prefixes and coincide."""
-  num_tokens = draw(st.integers(0, 5))
-  row = st.lists(st.integers(0, 2), min_size=num_tokens, max_size=num_tokens)
-  tokens = draw(st.lists(row, min_size=1, max_size=8))
-  length = draw(st.lists(st.integers(0, num_tokens), min_size=len(tokens), max_size=len(tokens)))
-  return np.array(tokens, np.int32).reshape(len(tokens), num_tokens), np.array(length, np.int32)
-
-
-@settings(max_examples=300, deadline=None)
-@given(samples())
-def test_tree_holds_each_distinct_prefix_once(case):
-  tokens, length = case
-  tree = build_tree(tokens, length)
-  size, num_tokens = len(tree.tokens), tokens.shape[1]
-  paths = []
-  for node in range(size):
-    parent = tree.parents[node]
-    assert parent == size or parent < node
-    paths.append((() if parent == size else paths[parent]) + (int(tree.tokens[node]),))
-  prefixes = {tuple(row[:t]) for row, n in zip(tokens.tolist(), length) for t in range(1, n + 1)}
-  assert len(paths) == len(prefixes) and set(paths) == prefixes
-  assert tree.depths.tolist() == [len(path) for path in paths]
-
-  paths.append(())  # the root
-  assert tree.ancestors.shape == (size + 1, size)
-  for node, path in enumerate(paths):
-    above = [other for other in range(size) if paths[other] == path[: len(paths[other])]]
-    assert np.flatnonzero(tree.ancestors[node]).tolist() == above
-  assert tree.node_of.shape == (len(tokens), num_tokens + 1)
-  for row, n, nodes in zip(tokens.tolist(), length, tree.node_of):
-    assert [paths[node] for node in nodes] == [tuple(row[: min(t, n)]) for t in range(num_tokens + 1)]

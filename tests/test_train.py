@@ -409,6 +409,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np, optax
 from testing import random_lora, tiny_pretrained
 from gfn_jax.parallel import place, split
+from gfn_jax.prefix_tree import build_trees
 from gfn_jax.step import StepSettings, train_step
 from gfn_jax.types import Batch, TrainState, terminable_prefixes
 
@@ -426,6 +427,7 @@ mask = np.arange(P) >= rng.integers(0, 3, Q)[:, None]
 batch = Batch(
   np.where(mask, rng.integers(0, vocabulary, (Q, P)), 0).astype(np.int32), mask, np.arange(Q, dtype=np.int32), tokens,
   length, action_mask, terminable_prefixes(length, action_mask), rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
+  build_trees(tokens, length, num_queries=Q, samples_per_tree=8),
 )
 # An optimiser that takes no step and keeps the gradient as its state.
 keep = optax.GradientTransformation(
