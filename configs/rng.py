@@ -43,6 +43,7 @@ def get_config(variant: str = ""):
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low = 1.0
   config.replay.capacity, config.replay.similarity, config.replay.seed_from = 128, 0.0, "nothing"
+  config.replay.prioritized = False
   config.data.unseeded_weight = 1.0
   config.train.num_steps, config.train.decay_steps = 250, 250
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10

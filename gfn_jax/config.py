@@ -80,7 +80,8 @@ def base_config() -> ml_collections.ConfigDict:
     "grpo": c({"num_epochs": 1, "clip": 0.2, "kl_coefficient": 0.04, "scale": True}),
     "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20}),
     # Shares of a step's queries; what is left of 1 samples from the policy as it is.
-    "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}),
+    "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0,
+      "anneal_steps": 0}),  # in which the temperatures' range shrinks linearly to 1; 0: it stays
     "reward": c({
       "temperature_start": 1.0,
       "temperature_end": 1.0,
@@ -252,6 +253,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
     "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
     "em.num_rounds", "em.warmup_steps", "ppo.value_weight", "ppo.kl_coefficient", "grpo.kl_coefficient",
+    "behavior.anneal_steps",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")

@@ -113,13 +113,14 @@ class ReplayBuffer:
   def sample(
     self, query_id: int | np.integer, num_samples: int, rng: np.random.Generator, prioritized: bool
   ) -> tuple[Int[np.ndarray, "N T"], Int[np.ndarray, "N"], Bool[np.ndarray, "N T"], Float[np.ndarray, "N S"]]:
-    """Draws rationales of a query with replacement.
+    """Draws rationales of a query.
 
     Args:
       query_id: row of the training set.
       num_samples: N.
       rng: the only source of randomness; it is advanced.
-      prioritized: in proportion to the untempered reward; otherwise uniformly.
+      prioritized: in proportion to the untempered reward, with replacement; otherwise every one equally often, and what
+        is left over of N uniformly.
 
     Returns:
       tokens, length, action_mask and untempered log-reward, T = max_length; 0 past a row's length.
@@ -130,13 +131,13 @@ class ReplayBuffer:
     held = self._queries.get(int(query_id))
     if held is None:
       raise ValueError(f"query {query_id} has no rationale in the replay buffer")
-    probabilities = None
     if prioritized:
       scores = np.array([rationale.score for rationale in held])
       weights = np.exp(scores - scores.max())
-      probabilities = weights / weights.sum()
-    drawn = [held[i] for i in rng.choice(len(held), num_samples, p=probabilities)]
-    arrays = self._stack(drawn)
+      drawn = rng.choice(len(held), num_samples, p=weights / weights.sum())
+    else:
+      drawn = np.resize(rng.permutation(len(held)), num_samples)
+    arrays = self._stack([held[i] for i in drawn])
     return arrays["tokens"], arrays["length"], arrays["action_mask"], arrays["log_reward"]
 
   def to_arrays(self) -> dict[str, np.ndarray]:

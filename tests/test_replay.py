@@ -155,6 +155,14 @@ def test_draws_in_proportion_to_reward_or_uniformly():
     np.testing.assert_allclose(frequency, want, atol=4 * 0.5 / math.sqrt(count))  # four standard errors
 
 
+def test_uniform_draws_repeat_nothing_before_everything_has_come():
+  buffer = ReplayBuffer(capacity=9, similarity=0.0, max_length=MAX_LENGTH)
+  buffer.add(0, *rows(*(([i], -float(i)) for i in range(5))))
+  for count, times in ((3, {0, 1}), (5, {1}), (12, {2, 3})):
+    tokens, *_ = buffer.sample(0, count, np.random.default_rng(count), prioritized=False)
+    assert set(np.bincount(tokens[:, 0], minlength=5)) == times
+
+
 def test_drawing_from_nothing_names_the_query():
   buffer = ReplayBuffer(capacity=4, similarity=0.0, max_length=MAX_LENGTH)
   buffer.add(1, *rows(([1], -1.0)))
