@@ -7,9 +7,12 @@ import pathlib
 import re
 from typing import Any
 
+import ml_collections
+
 from gfn_jax.config import require_fields, validate
 from gfn_jax.files import finished_steps, read_json, write_text
 from gfn_jax.named import load_named
+from gfn_jax.workdir import require_same_config
 from launch.jobs import locked
 
 
@@ -22,14 +25,18 @@ class Run:
     variant: of the config file.
     overrides: the fields that the sweep sets on top.
     common: those that the user sets for all of its runs.
-    num_steps: that it makes.
+    config: all of its fields.
   """
 
   name: str
   variant: str
   overrides: dict[str, Any]
   common: dict[str, Any]
-  num_steps: int
+  config: ml_collections.ConfigDict
+
+  @property
+  def num_steps(self) -> int:
+    return self.config.train.num_steps
 
   def flags(self, config_file: str, folder: pathlib.Path) -> tuple[str, ...]:
     """Of its command line; `folder`: the sweep's."""
@@ -79,7 +86,7 @@ def resolve(config_file: str, name: str, variant: str = "", common: dict[str, An
       validate(config, num_devices=1)
     except ValueError as e:
       raise ValueError(f"run {folder!r}: {e}") from None
-    runs[folder] = Run(folder, own or variant, overrides, common, config.train.num_steps)
+    runs[folder] = Run(folder, own or variant, overrides, common, config)
   return list(runs.values())
 
 
@@ -93,6 +100,16 @@ def parse_shard(text: str) -> slice:
   if not match or int(match[1]) >= int(match[2]):
     raise ValueError(f"--shard={text}: must be i/n with i from 0 to n - 1, as 0/4")
   return slice(int(match[1]), None, int(match[2]))
+
+
+def require_same_configs(folder: pathlib.Path, runs: Sequence[Run]) -> None:
+  """Finished runs are skipped: those of other settings must not pass for this sweep's.
+
+  Raises:
+    ValueError: a run in the sweep's `folder` has another config; names the first field that differs.
+  """
+  for run in runs:
+    require_same_config(run.config, folder / run.name / "config.json")
 
 
 def write_record(folder: pathlib.Path, config_file: str, name: str, command: str, runs: Sequence[Run]) -> None:

@@ -2,8 +2,8 @@
 
 The runs are those that `sweep(name)` of the config file lists. Run again, the same command skips what is finished and
 goes on with the rest. A variant of the config (configs/arith.py:paper) takes the place of the default one in each run;
-any --config.field=value is for all runs. The sweep's folder, runs/<config>[-<variant>]-<name>, holds a workdir for each
-run and sweep.json, which says what they are.
+any --config.field=value is for all runs, and refused where runs of other values are there. The sweep's folder,
+runs/<config>[-<variant>]-<name>, holds a workdir for each run and sweep.json, which says what they are.
 """
 
 import pathlib
@@ -16,7 +16,7 @@ from ml_collections import config_flags
 
 from gfn_jax import cli
 from launch.jobs import Job, Local, Slurm, execute
-from launch.runs import parse_shard, resolve, write_record
+from launch.runs import parse_shard, require_same_configs, resolve, write_record
 
 cli.define_config()
 _NAME = flags.DEFINE_string("name", None, "The sweep, as table4: one that the config file's sweep() knows.")
@@ -41,6 +41,7 @@ def main() -> int:
   runs = resolve(config_file, name, variant, common)
   default = "-".join(filter(None, [pathlib.Path(config_file).stem, variant, name]))
   folder = pathlib.Path(_WORKDIR.value or f"runs/{default}")
+  require_same_configs(folder, runs)
 
   command = lambda run: ["-m", "gfn_jax.main", *run.flags(config_file, folder)]  # noqa: E731
   if _DRY_RUN.value:

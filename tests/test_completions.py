@@ -124,6 +124,21 @@ def test_bad_input(pretrained, options, message):
   assert "\n" not in str(error.value)
 
 
+def test_a_stop_of_another_type():
+  """In a process without the tests' check of annotations, which would come first."""
+  out = run_python("""
+import gfn_jax
+from testing import tiny_pretrained
+for stop in (1.5, [1]):
+  try:
+    gfn_jax.sample(tiny_pretrained(), None, ["6"], 1, max_length=5, stop=stop, seed=0)
+  except ValueError as e:
+    print(e)
+""")
+  rule = "must be a text of one token, or a token id"
+  assert out.splitlines() == [f"stop token 1.5: {rule}", f"stop token [1]: {rule}"]
+
+
 def test_a_model_without_tokenizer_or_end_of_text(pretrained):
   with pytest.raises(ValueError, match="'tiny/gptj' has no tokenizer"):
     gfn_jax.sample(dataclasses.replace(pretrained, tokenizer=None), None, ["6"], 1, max_length=5, seed=0)

@@ -5,7 +5,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from gfn_jax.evaluators import accuracy
+from gfn_jax.evaluators import accuracy, posterior
 from gfn_jax.evaluators.evaluator import Evaluator, Parts
 from gfn_jax.evaluators.posterior import posterior_quality
 from gfn_jax.sampler import Sampler
@@ -95,6 +95,29 @@ def test_quality_against_plain_numpy():
   assert found["log_partition_lower"] == pytest.approx(np.mean(log_reward / 2 - LOG_Q))
   assert found["length_mean"] == 2 and found["distinct_samples"] == 1  # a query's samples are the same two tokens
   assert "log_partition_upper" not in found  # the task has no exact samples
+
+
+def test_the_upper_bound_of_equal_queries_is_measured_once(monkeypatch):
+  asked = []
+
+  class Drawn(Letters):
+    def target_samples(self, example, num_samples, reward_temperature, rng):
+      asked.append(example.prompt)
+      return [["abcd".index(example.prompt)] * 2] * num_samples
+
+  monkeypatch.setattr(
+    posterior.scoring, "log_q", lambda lora, parts, query, rows: LOG_Q[query.prompt_tokens[0, -1] - ord("a")]
+  )
+  log_reward = np.random.default_rng(1).normal(-5, 3, LOG_Q.shape)
+  config = ml_collections.ConfigDict({"sampler": {"max_length": 2}})
+  parts = Parts(config, tiny_pretrained(), {}, Drawn(), KnownSampler(), KnownReward(log_reward), [])
+  a, b, c, _ = EXAMPLES
+  found = dict(posterior_quality(
+    None, parts, [a, b, a, c], num_calls=2, num_samples=3, reward_temperature=2.0, key=jax.random.key(0)
+  ))  # fmt: skip
+  assert sorted(asked) == ["a", "b", "c"]
+  bounds = (log_reward / 2 - LOG_Q).mean(axis=1)[[0, 1, 0, 2]]
+  assert found["log_partition_upper"] == pytest.approx(bounds.mean())
 
 
 class Guesses(Task):

@@ -66,6 +66,26 @@ def test_half_precision_stays_near_the_golden_logits(family):
   assert_logits(ours, golden["logits"], atol=0.03 * np.abs(golden["logits"]).max())
 
 
+@pytest.mark.parametrize(
+  "tokens, mask, message",
+  (
+    ([[1, 69]], None, "token 69: must be a token id of tiny/gptj, from 0 to 68"),
+    ([[-100, 1]], [[0, 1]], "token -100: must be a token id of tiny/gptj, from 0 to 68"),
+    ([[1] * 257] * 2, [[1] * 256 + [0], [1] * 257], "a row of 257 tokens: tiny/gptj has 256 positions"),
+  ),
+)
+def test_logits_of_what_the_model_does_not_have(tokens, mask, message):
+  with pytest.raises(ValueError, match=f"^{message}$"):
+    logits(tiny_pretrained(), np.array(tokens), None if mask is None else np.array(mask))
+
+
+def test_padding_takes_no_positions():
+  pretrained = tiny_pretrained()
+  tokens = np.array([[0] * 256 + [1, 2, 3]])
+  padded = logits(pretrained, tokens, tokens > 0)
+  assert_logits(padded[:, -3:], logits(pretrained, tokens[:, -3:]))
+
+
 # Checkpoints written by transformers, and by us for transformers.
 
 _LLAMA3 = {

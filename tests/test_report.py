@@ -4,10 +4,13 @@ import csv
 import json
 from math import log
 import re
+import shlex
 
+from absl import flags
+from ml_collections import config_flags
 import pytest
 
-from configs import arith
+from configs import arith, jsonl
 from gfn_jax.config import flatten
 from gfn_jax.plots.frontier import mean_points
 from gfn_jax.report.__main__ import write_report
@@ -302,13 +305,17 @@ def test_fewer_seed_rationales(tmp_path):
 def test_a_sweep_of_ones_own_has_a_row_a_setting(tmp_path):
   for name in ("subtb", "tb"):
     results = {"gfn/accuracy/3": 0.5, "gfn/log_ratio_variance": 2.0 if name == "tb" else 1.0, "base/accuracy/3": 0.25}
-    make_run(tmp_path / name, results, loss__name=name)
+    samples = [rationale("gfn", "6 - 0 = 6, 6 + 4 = 10" if name == "tb" else REPEATED, -7.0, False)]
+    make_run(tmp_path / name, results, loss__name=name, samples=samples)
   make_sweep(tmp_path, "configs/arith.py", "objectives", {n: {"loss.name": n, "seed": 0} for n in ("subtb", "tb")})
   write_report([tmp_path], tmp_path / "report")
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert "## objectives: arith" in markdown and "paper" not in row_of(markdown, "")
   assert row_of(markdown, "GFlowNet fine-tuning, loss.name = tb") == ["50.0 (1)", "-", "-", "2.0 (1)", "-"]
   assert row_of(markdown, "base")[0] == "25.0 (1)"
+  errors = [(r["method"], r["error"]) for r in read_csv(tmp_path / "report" / "objectives_errors.csv")]
+  ours = label("gfn")
+  assert errors[3:] == [(f"{ours}, loss.name = subtb", "other"), (f"{ours}, loss.name = tb", "wrong operator")]
 
 
 def test_a_task_without_a_table_in_the_paper(tmp_path):
@@ -387,13 +394,27 @@ def test_the_command_of_a_single_run(tmp_path):
   (folder / "config.json").write_text(json.dumps({"config": config}))
   (run,), _ = read_runs([folder])
   assert command_of(run) == (
-    f"python -m gfn_jax.main --config=configs/arith.py:smoke --workdir='{folder}' --config.lora.targets="
-    "\"('q_proj','v_proj')\" --config.loss.name=tb --config.seed=2"
+    f"python -m gfn_jax.main --config=configs/arith.py:smoke --workdir='{folder}' "
+    """--config.lora.targets='("q_proj","v_proj")' --config.loss.name=tb --config.seed=2"""
   )
   config["name"] = "gone"
   (folder / "config.json").write_text(json.dumps({"config": config}))
   (run,), _ = read_runs([folder])
   assert command_of(run).endswith(f"  # and the fields that {folder}/config.json holds")
+
+
+@pytest.mark.parametrize("words", ([], ["one"], ["two words", "it's", 'a "b" $HOME `ls` \\n !', "é🙂"]))
+def test_a_command_gives_the_config_that_it_came_from(words, tmp_path):
+  config = jsonl.get_config("smoke")
+  config.jsonl.required_words, config.jsonl.prompt, config.data.path = tuple(words), "Say it's {a}:\n $1 ", "/a b/c"
+  folder = make_run(tmp_path / "run", {"gfn/log_reward": 1.0}, task="jsonl")
+  (folder / "config.json").write_text(json.dumps({"config": flatten(config)}))
+  (run,), _ = read_runs([folder])
+  argv = [a for a in shlex.split(command_of(run))[2:] if not a.startswith("--workdir")]
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file("config", None, "", values, sys_argv=argv)
+  values(argv)
+  assert flatten(values.config) == flatten(config)
 
 
 def test_a_cell_stays_a_cell():

@@ -18,7 +18,8 @@ from ml_collections import config_flags
 import pytest
 import submitit
 
-from gfn_jax.config import METHODS, flatten, grid, validate
+from configs import arith
+from gfn_jax.config import METHODS, flatten, grid
 from launch.jobs import Job, Local, Slurm, execute
 from launch.runs import Run, parse_shard, resolve, run_name, write_record
 from testing import REPOSITORY, assert_one_line, run_commands
@@ -51,15 +52,12 @@ def test_a_sweeps_command_lines_give_valid_configs_in_folders_of_their_own(confi
   file = str(REPOSITORY / "configs" / f"{config}.py")
   pairs = importlib.import_module(f"configs.{config}").sweep(name)
   assert len({run_name(*pair) for pair in pairs}) == len(pairs) > 1
-  for variant, overrides in pairs:
-    if overrides.get("method", "gfn") not in METHODS:
-      continue  # an objective that is not there yet
-    run = Run(run_name(variant, overrides), variant, overrides, {"train.num_steps": 4000, "train.decay_steps": 0}, 4000)
-    resolved = as_main_reads(run.flags(file, tmp_path))
-    validate(resolved, num_devices=1)
-    assert resolved.variant == variant
-    assert {k: flatten(resolved)[k] for k in overrides} == json.loads(json.dumps(overrides))  # tuples as lists
-    assert resolved.train.num_steps == 4000
+  for run in resolve(file, name, common={"train.num_steps": 4000, "train.decay_steps": 0}):
+    config = as_main_reads(run.flags(file, tmp_path))
+    assert config.variant == run.variant
+    fields = flatten(config)
+    assert {k: fields[k] for k in run.overrides} == json.loads(json.dumps(run.overrides))  # tuples as lists
+    assert fields == flatten(run.config) and run.num_steps == config.train.num_steps == 4000
 
 
 def test_the_tables_of_the_paper_are_listed():
@@ -98,7 +96,9 @@ def config_file(tmp_path):
 
 def test_resolve(config_file):
   first, second = resolve(config_file, "two", "smoke", {"data.seed": 3})
-  assert first == Run("seed=0", "smoke", {"seed": 0}, {"data.seed": 3}, 4)
+  config = arith.get_config("smoke")
+  config.data.seed = 3
+  assert first == Run("seed=0", "smoke", {"seed": 0}, {"data.seed": 3}, config) and first.num_steps == 4
   assert second.flags("own.py", pathlib.Path("f")) == (
     "--config=own.py:smoke", "--workdir=f/seed=1", "--config.seed=1", "--config.data.seed=3",
   )  # fmt: skip
@@ -132,7 +132,7 @@ def test_a_wrong_shard(text):
 
 
 def test_the_record_of_a_sweep(tmp_path):
-  runs = [Run("seed=1", "smoke", {"seed": 1}, {"data.seed": 3}, 4)]
+  runs = [Run("seed=1", "smoke", {"seed": 1}, {"data.seed": 3}, arith.get_config("smoke"))]
   for command in ("first", "again"):
     write_record(tmp_path, "configs/own.py", "two", command, runs)
     assert json.loads((tmp_path / "sweep.json").read_text()) == {
@@ -442,11 +442,11 @@ def test_slurm_that_is_not_here(scratch):
 def commands(tmp_path_factory):
   """(exit code, stdout, stderr) of `python -m launch.sweep`, by case."""
   folder = tmp_path_factory.mktemp("sweep")
-  finished = folder / "smoke,method=gfn"
-  finished.mkdir()
-  (finished / "results.json").write_text('{"meta/num_steps": 4}')
-  (folder / "smoke,method=sft").mkdir()
-  (folder / "smoke,method=sft" / "config.json").write_text("{}")
+  for method in ("gfn", "sft"):
+    (folder / f"smoke,method={method}").mkdir()
+    config = flatten(arith.get_config("smoke")) | {"method": method, "data.dir": "elsewhere"}
+    (folder / f"smoke,method={method}" / "config.json").write_text(json.dumps({"config": config}))
+  (folder / "smoke,method=gfn" / "results.json").write_text('{"meta/num_steps": 4}')
   (folder / "none.py").write_text("from configs.arith import get_config\n")
   (folder / "other").mkdir()
   (folder / "other" / "sweep.json").write_text('{"config": "configs/arith.py", "name": "table4"}')
@@ -463,6 +463,7 @@ def commands(tmp_path_factory):
     "no workers": [*smoke, "--workers=0"],
     "no slurm": [*smoke, f"--workdir={folder}/slurm", "--cluster=slurm"],
     "another sweep": [*smoke, f"--workdir={folder}/other"],
+    "other fields": [*smoke, where, "--config.train.learning_rate=1", "--config.loss.subtb_lambda=0.5"],
   }
   return dict(zip(cases, run_commands([["launch.sweep", *arguments] for arguments in cases.values()]))), folder
 
@@ -480,7 +481,7 @@ def test_dry_run_prints_command_lines_and_states(commands):
       "python", "-m", "gfn_jax.main", "--config=configs/arith.py:smoke", f"--workdir={folder}/smoke,method={method}",
       f"--config.method={method}", "--config.data.dir=/a b",
     ]  # fmt: skip
-  assert not (folder / "sweep.json").exists()
+  assert not (folder / "sweep.json").exists()  # nor by the one of other fields
   assert [line.split("--workdir=")[1] for line in results["shard"][1].splitlines()] == [
     line.split("--workdir=")[1].replace(" '--config.data.dir=/a b'", "") for line in lines[1::2]
   ]
@@ -498,6 +499,7 @@ def test_dry_run_prints_command_lines_and_states(commands):
     ("no workers", ["workers", "0"]),
     ("no slurm", ["--cluster=slurm", "srun"]),
     ("another sweep", ["other holds another sweep", "'table4'", "'smoke'"]),
+    ("other fields", ["smoke,method=gfn' holds another run: config.loss.subtb_lambda is 0.5 here and 1.0 there"]),
   ],
 )
 def test_a_slip_gets_one_line(case, named, commands):

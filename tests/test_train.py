@@ -216,6 +216,34 @@ def test_a_finished_run_says_so_and_changes_nothing(smoke, runs):
   assert snapshot(workdir) == before
 
 
+def untimed_results(workdir):
+  """The lines of results.json, without what a clock decides."""
+  return [line for line in (workdir / "results.json").read_text().splitlines() if '"time/' not in line]
+
+
+@pytest.fixture(scope="module")
+def again(smoke, runs):
+  """The workdir of another run of the same config."""
+  done = run(runs, f"--workdir={runs}/again")
+  assert done.returncode == 0, done.stderr
+  return runs / "again"
+
+
+def test_the_same_seed_gives_the_same_results(again, smoke):
+  assert len(untimed_results(smoke[0])) > 10
+  assert untimed_results(again) == untimed_results(smoke[0])
+
+
+def test_a_kill_between_the_last_evaluation_and_the_results_records_it_once(again, smoke, runs):
+  (again / "results.json").unlink()
+  done = run(runs, f"--workdir={again}")
+  assert done.returncode == 0 and "evaluation after step 4" in done.stdout, done.stderr
+  assert untimed_results(again) == untimed_results(smoke[0])
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    ours, theirs = ([r for r in read_jsonl(w / name) if "loss" not in r] for w in (again, smoke[0]))
+    assert ours == theirs
+
+
 def test_another_config_in_the_same_workdir_is_refused(smoke, runs):
   workdir, _ = smoke
   before = snapshot(workdir)

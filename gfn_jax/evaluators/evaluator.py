@@ -37,19 +37,38 @@ class Parts:
 Problems = Mapping[str, Sequence[Example]]  # kind -> examples; "" where there is one kind
 
 
+class Draws:
+  """What evaluators of one policy draw: once, where several ask for the same."""
+
+  def __init__(self):
+    self._asked, self._drawn = (), None
+
+  def get(self, asked: tuple, draw: Callable[[], Any]) -> Any:
+    """`draw()`, or what it gave when it was last called for these very objects."""
+    if len(asked) != len(self._asked) or any(a is not b for a, b in zip(asked, self._asked)):
+      self._asked, self._drawn = asked, draw()
+    return self._drawn
+
+  def forget(self) -> None:
+    """Lets go of the last draw: it may be large."""
+    self._asked, self._drawn = (), None
+
+
 class Evaluator:
   """Measures one policy on held-out problems; a file of this folder each, named in config.eval.evaluators.
 
   Args:
     parts: of the run.
     context: tokens before every prompt (a base with demonstrations).
+    draws: shared with the other evaluators behind this context; None for none.
 
   Attributes:
     samples: what the last call leaves for samples.jsonl.
   """
 
-  def __init__(self, parts: Parts, context: Sequence[int] = ()):
+  def __init__(self, parts: Parts, context: Sequence[int] = (), draws: Draws | None = None):
     self._parts, self._context, self.samples = parts, list(context), []
+    self._draws = Draws() if draws is None else draws
 
   def __call__(
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -68,6 +87,9 @@ class Evaluator:
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None
   ) -> tuple[list[Example], list[dict]]:
     """The problems in one list, and a record of each of the config.eval.num_votes texts that a problem gets."""
+    return self._draws.get((lora, problems, key), lambda: self._draw_records(lora, problems, key, on_round))
+
+  def _draw_records(self, lora, problems, key, on_round):
     p, settings = self._parts, self._parts.config.eval
     examples = [e for kind in problems.values() for e in kind]
     reserved = settings.max_length + len(self._context)

@@ -17,8 +17,8 @@ SHOWN = 4  # stories whose first infill is recorded
 class Infills(Evaluator):
   """Draws config.eval.num_votes sentences a story, and compares them with the story's own."""
 
-  def __init__(self, parts, context=()):
-    super().__init__(parts, context)
+  def __init__(self, parts, context=(), draws=None):
+    super().__init__(parts, context, draws)
     c = parts.config.infill
     self._bert = None if c.bertscore_model is None else load_encoder(c.bertscore_model)
     self._judge = None if c.judge_url is None else Judge(c.judge_url, c.judge_model, cache=c.judge_cache)
@@ -42,8 +42,8 @@ class Infills(Evaluator):
       yield "bertscore", float(np.mean(bert_score(self._bert, texts, beside, num_layers=c.bertscore_layer).f1))
     if self._judge is not None:
       shown = [
-        f"{e.reward_prompt} {text} {e.target.removeprefix('. ')}".strip()
-        for e, found in zip(examples, candidates)
+        "\n".join([*story.before, text, *story.after])
+        for story, found in zip(examples, candidates)
         for text in found[: c.judge_samples]
       ]
       ratings = self._judge.rate(shown)

@@ -164,7 +164,7 @@ class Judge:
     How many those are is printed.
 
     Args:
-      stories: whole, infill included.
+      stories: whole, infill included; a sentence a line, as in the prompt's own examples.
 
     Raises:
       ValueError: the endpoint refuses the key or the request, or is none; in one line.

@@ -42,8 +42,8 @@ class Reasons(Evaluator):
   The policy is not told the label.
   """
 
-  def __init__(self, parts, context=()):
-    super().__init__(parts, context)
+  def __init__(self, parts, context=(), draws=None):
+    super().__init__(parts, context, draws)
     self._draw = self._sampler(max_length=parts.config.sampler.max_length).draw
 
   def __call__(

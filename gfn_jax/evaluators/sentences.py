@@ -24,8 +24,8 @@ class Sentences(Evaluator):
   prompts.
   """
 
-  def __init__(self, parts, context=()):
-    super().__init__(parts, context)
+  def __init__(self, parts, context=(), draws=None):
+    super().__init__(parts, context, draws)
     self._encoder = None if parts.config.eval.encoder is None else load_encoder(parts.config.eval.encoder)
 
   def __call__(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
-from gfn_jax.evaluators.evaluator import Evaluator, Parts
+from gfn_jax.evaluators.evaluator import Draws, Evaluator, Parts
 from gfn_jax.evaluators.infills import Infills
 from gfn_jax.evaluators.labels import Direct, Reasons
 from gfn_jax.evaluators.numbers import Histogram, Numbers
@@ -56,10 +56,11 @@ class Suite:
     reserved = max(len(task.context_tokens(k)) for k in shots) + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
-    self._evaluators, self._test_evaluators = (self._make(names, ()) for names in self._names)
+    self._draws = Draws()
+    self._evaluators, self._test_evaluators = (self._make(names, (), self._draws) for names in self._names)
 
-  def _make(self, names: Sequence[str], context: Sequence[int]) -> list[Evaluator]:
-    return [EVALUATORS[name](self._parts, context) for name in names]
+  def _make(self, names: Sequence[str], context: Sequence[int], draws: Draws) -> list[Evaluator]:
+    return [EVALUATORS[name](self._parts, context, draws) for name in names]
 
   def _posterior(self, lora, reward_temperature, key, on_round) -> Iterator[tuple[str, float]]:
     examples = [e for group in zip(*self._validation.values()) for e in group]
@@ -81,6 +82,7 @@ class Suite:
     for evaluator in self._evaluators:
       values |= dict(evaluator(lora, self._validation, key, on_round))
       samples += evaluator.samples
+    self._draws.forget()
     values |= self._posterior(lora, reward_temperature, key, on_round)
     return {f"{self._parts.task.name}/validation/{k}": v for k, v in values.items()}, samples
 
@@ -107,10 +109,12 @@ class Suite:
     number = sum(map(len, self._test.values()))
     for row, adapter, before in rows:
       say(f"testing {row} on {number} problems")
-      evaluators = self._make(sum(self._names, ()), before) if before else self._evaluators + self._test_evaluators
+      own = self._evaluators + self._test_evaluators
+      evaluators = self._make(sum(self._names, ()), before, Draws()) if before else own
       for evaluator in evaluators:
         results |= {f"{row}/{k}": v for k, v in evaluator(adapter, self._test, key, on_round)}
         samples += [{"method": row, **s} for s in evaluator.samples]
+      self._draws.forget()
     if config.eval.baselines:
       for evaluator in self._evaluators + self._test_evaluators:
         results |= dict(evaluator.baselines(self._test, key, on_round))

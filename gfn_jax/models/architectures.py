@@ -472,16 +472,19 @@ def read_options(
   return config
 
 
+def peft_names(config: ModelConfig) -> dict[str, str]:
+  """Our projection names -> the names of a layer's modules as Hugging Face and PEFT write them ("self_attn.q_proj")."""
+  modules = ARCHITECTURES[config.family].modules
+  return {name: modules[f"layers.{name}"].hf_name.split("{}.")[1] for name in config.projections()}
+
+
 def lora_targets(config: ModelConfig, targets: tuple[str, ...]) -> tuple[str, ...]:
   """Hugging Face module names, as users and PEFT write them ("q_proj", "mlp.c_proj"), -> our projection names.
 
   Raises:
     ValueError: a name that fits no projection of this family.
   """
-  names = {
-    name: ARCHITECTURES[config.family].modules[f"layers.{name}"].hf_name.split("{}.")[1]
-    for name in config.projections()
-  }
+  names = peft_names(config)
   found = set()
   for target in targets:
     hits = [n for n, hf in names.items() if hf == target or hf.endswith("." + target)]

@@ -281,10 +281,27 @@ def logits(
 
   Returns:
     float32 [B, N, V]; unspecified where `mask` is False.
+
+  Raises:
+    ValueError: a token id that the model does not have, or more tokens in a row than it has positions.
   """
   tokens = jnp.asarray(tokens)
   mask = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask, bool)
+  if not isinstance(tokens, jax.core.Tracer) and not isinstance(mask, jax.core.Tracer):
+    _check_fits(pretrained, np.asarray(tokens), np.asarray(mask))
   return _logits(pretrained.config, pretrained.params, lora, tokens, mask)
+
+
+def _check_fits(pretrained: Pretrained, tokens: np.ndarray, mask: np.ndarray) -> None:
+  """Raises ValueError for a token, of the padding too, or a position that the model does not have: JAX would make NaN
+  or another one's numbers of it."""
+  config = pretrained.config
+  wrong = tokens[(tokens < 0) | (tokens >= config.vocab_size)]
+  if wrong.size:
+    raise ValueError(f"token {wrong[0]}: must be a token id of {pretrained.source}, from 0 to {config.vocab_size - 1}")
+  longest = mask.sum(axis=1).max(initial=0)
+  if longest > config.max_positions:
+    raise ValueError(f"a row of {longest} tokens: {pretrained.source} has {config.max_positions} positions")
 
 
 @functools.partial(jax.jit, static_argnums=0)  # without it every call would compile the scan over layers anew

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 import safetensors.numpy
 
 from gfn_jax.files import read_json, replacing, write_text
-from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets
+from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, peft_names
 
 if TYPE_CHECKING:
   from gfn_jax.models.hf import Pretrained
@@ -87,7 +87,7 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
     for layer in range(model.num_layers):
       for leaf, key in (("A", "lora_a"), ("B", "lora_b")):
         tensors[_peft_name(model, name, layer, leaf)] = np.ascontiguousarray(np.asarray(leaves[key][layer]).T)
-  targets = [modules[f"layers.{n}"].hf_name.split("{}.")[1] for n in lora.config.targets]
+  names = peft_names(model)
   config = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
@@ -97,7 +97,7 @@ def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained")
     "lora_alpha": lora.config.alpha,
     "lora_dropout": lora.config.dropout,
     "use_rslora": lora.config.rslora,
-    "target_modules": targets,
+    "target_modules": [names[n] for n in lora.config.targets],
     "fan_in_fan_out": any(modules[f"layers.{n}"].kind == "conv1d" for n in lora.config.targets),
     "bias": "none",
     "inference_mode": True,

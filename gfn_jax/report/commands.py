@@ -34,6 +34,7 @@ def command_of(run: Run) -> str:
 
 
 def _argument(value: Any) -> str:
-  if isinstance(value, list):
-    return f'"{tuple(value)!r}"'.replace(" ", "")
+  if isinstance(value, list):  # as a tuple; with double quotes inside, so that the shell's can be single ones
+    parts = [json.dumps(v, ensure_ascii=False) if isinstance(v, str) else repr(v) for v in value]
+    value = f"({','.join(parts)}{',' if len(parts) == 1 else ''})"
   return shlex.quote(str(value))

@@ -49,9 +49,14 @@ def samples_by_method(groups: Sequence[Group], baselines: Sequence[str] | None =
         trained = is_trained(method, group)
         if not trained and baselines is not None and method not in baselines:
           continue
-        setting = "".join(f", {f} = {v}" for f, v in group.values.items() if trained and f != "method")
-        found.setdefault((trained, label(method) + setting), records)
+        found.setdefault((trained, _row(method, group)), records)
   return {name: found[trained, name] for trained, name in sorted(found, key=lambda k: k[0])}
+
+
+def _row(method: str, group: Group) -> str:
+  """A method as a row is called: with the group's settings where it has trained it."""
+  trained = is_trained(method, group)
+  return label(method) + "".join(f", {f} = {v}" for f, v in group.values.items() if trained and f != "method")
 
 
 def side_by_side(
@@ -137,10 +142,11 @@ def mistakes(name: str, groups: Sequence[Group]) -> Section | None:
     for run in group.runs:
       for r in run.samples:
         if r.get("right") is False and is_trained(r["method"], group):
-          found.setdefault((r["method"], kind_of_mistake(r["X"], r["Z"])), {})[r["X"], r["Z"].strip()] = None
+          key = _row(r["method"], group), kind_of_mistake(r["X"], r["Z"])
+          found.setdefault(key, {})[r["X"], r["Z"].strip()] = None
   rows = [("paper, GFlowNet fine-tuning", kind, *PAPER_MISTAKES[kind]) for kind in KINDS if kind in PAPER_MISTAKES]
-  for (method, kind), texts in sorted(found.items(), key=lambda item: (item[0][0], KINDS.index(item[0][1]))):
-    rows += [(label(method), kind, x, z) for x, z in list(texts)[:NUM_MISTAKES]]
+  for (row, kind), texts in sorted(found.items(), key=lambda item: (item[0][0], KINDS.index(item[0][1]))):
+    rows += [(row, kind, x, z) for x, z in list(texts)[:NUM_MISTAKES]]
   if not found:
     return None
   header = ("method", "error", "X", "Z")

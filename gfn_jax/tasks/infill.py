@@ -4,6 +4,7 @@ The policy reads X and Y, "Beginning: ... End: ... Middle:"; the reward is log p
 them in their order. Y's first token, the full stop of the fourth sentence, ends Z.
 """
 
+import dataclasses
 from typing import Any
 
 from gfn_jax.datasets import roc_stories
@@ -13,12 +14,27 @@ from gfn_jax.types import Example
 ENDS = ".!?"
 
 
-def to_example(sentences: list[str], reverse: bool) -> Example:
+@dataclasses.dataclass(frozen=True)
+class Story(Example):
+  """A story as an example.
+
+  Attributes:
+    before, after: the sentences around the one that is to be written, as far as they are known.
+  """
+
+  before: tuple[str, ...] = ()
+  after: tuple[str, ...] = ()
+
+
+def to_example(sentences: list[str], reverse: bool) -> Story:
   """A story of five sentences. `reverse`: nothing is known of its beginning (paper section 3.1)."""
   beginning, middle, ending = " ".join(sentences[:3]), sentences[3].rstrip(ENDS), sentences[4]
   # The prompts of the paper (PAPER: "Middle: "), whose last space belongs to Z.
   prompt = f"End: {ending}\n Middle:" if reverse else f"Beginning: {beginning}\n End: {ending}\n Middle:"
-  return Example(prompt, middle, f". {ending}", middle, reward_prompt="" if reverse else beginning)
+  return Story(
+    prompt, middle, f". {ending}", middle, reward_prompt="" if reverse else beginning,
+    before=() if reverse else tuple(sentences[:3]), after=(ending,),
+  )  # fmt: skip
 
 
 class InfillTask(Task):
@@ -43,7 +59,7 @@ class InfillTask(Task):
       if any(end in text for end in (*ENDS, "\n")) and i != self.stop_token_id:
         self.allowed_tokens[i] = False
 
-  def _load(self, split: str) -> list[Example]:
+  def _load(self, split: str) -> list[Story]:
     records = roc_stories.load(self._source, split, self._config.data.dir)
     return [to_example(r["sentences"], self._config.infill.reverse) for r in records]
 
