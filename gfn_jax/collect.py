@@ -48,7 +48,8 @@ class Collector:
         f"{config.data.seeded_weight}, config.data.unseeded_weight {config.data.unseeded_weight})"
       )
 
-  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+    """log R [B, S] of the prefixes of N trajectories of each query, nats, untempered."""
     return self._reward(self._table[ids], z.tokens, z.length, z.terminable)
 
   def to_arrays(self) -> dict[str, np.ndarray]:
@@ -100,7 +101,7 @@ class Collector:
     tokens, chosen = tokens[:-1], chosen[:-1].astype(bool)
     length = np.array([len(tokens) for tokens, _ in rows], np.int32)
     blank = np.zeros(tokens.shape, np.float32)
-    log_reward = self._score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
+    log_reward = self.score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
     offered = [row for row, z in enumerate(rationales) if z]
     for row in offered:
       at = slice(row, row + 1)
@@ -156,7 +157,7 @@ class Collector:
       row_ids=padded[:, None] * n + np.arange(n), on_round=on_round,
     )  # fmt: skip
     z = z.rows(slice(0, len(fresh) * n))
-    return z, self._score(plan.query_ids[fresh], z)
+    return z, self.score(plan.query_ids[fresh], z)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
     n = self._config.sampler.num_samples
@@ -179,7 +180,7 @@ class DemonstrationCollector(Collector):
   so it is where devices or micro-batches could not share the prompts evenly.
   """
 
-  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
   def seed_replay(self) -> np.ndarray:

@@ -9,6 +9,7 @@ so large groups of samples are split over trees of bounded size, and cost grows 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -189,7 +190,7 @@ class RewardModel:
     while trees:
       chunk, arrays = self._next_chunk(trees)
       trees = trees[len(chunk) :]
-      pending.append((chunk, self._score(self._params, self._lora, self._context, self._allowed, *arrays)))
+      pending.append((chunk, self.score_trees(*arrays)))
     for chunk, results in pending:
       prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
       for tree, a, b in zip(chunk, prefixes, targets):
@@ -199,6 +200,10 @@ class RewardModel:
         log_p_prefix[tree.rows] = np.where(wanted, a[slot[tree.node_of]], 0.0)
         log_p_target[tree.rows] = np.where(wanted, b[slot[tree.node_of]], 0.0)
     return log_p_prefix, log_p_target
+
+  def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    """One call: `_score_trees` of prompts, trees and targets, [devices, trees, ...]."""
+    return self._score(self._params, self._lora, self._context, self._allowed, *arrays)
 
   def _tree(self, q, rows, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask) -> _Tree:
     tree = build_tree(tokens[rows], length[rows])

@@ -13,7 +13,7 @@ LAYERS = (
   ("types", "version", "files", "named"),
   ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
-  ("policy", "likelihood"),
+  ("policy", "likelihood", "flops"),
   ("sampler", "rewards"),
   ("beam_search",),
   ("task",),
