@@ -20,6 +20,7 @@ class Collector:
 
   Attributes:
     replay: the buffer.
+    table: the training queries.
   """
 
   def __init__(self, parts: Any, table: Queries):
@@ -29,7 +30,7 @@ class Collector:
       ValueError: fewer queries can be drawn than a step has.
     """
     config, task = parts.config, parts.task
-    self._config, self._task, self._table = config, task, table
+    self._config, self._task, self.table = config, task, table
     self._sampler, self._reward = parts.sampler, parts.reward
     self._max_positions = parts.pretrained.config.max_positions
     self._behavior = config.behavior
@@ -50,7 +51,7 @@ class Collector:
 
   def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     """log R [B, S] of the prefixes of N trajectories of each query, nats, untempered."""
-    return self._reward(self._table[ids], z.tokens, z.length, z.terminable)
+    return self._reward(self.table[ids], z.tokens, z.length, z.terminable)
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """What a checkpoint keeps of the collector."""
@@ -140,7 +141,7 @@ class Collector:
     return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
-    q = self._table[query_ids]
+    q = self.table[query_ids]
     return Batch(
       q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask), log_reward,
@@ -151,7 +152,7 @@ class Collector:
     total = len(plan.query_ids)
     usual = data.num_sampled(self._behavior, total, len(self._sampler.devices))
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
-    n, q = self._config.sampler.num_samples, self._table[plan.query_ids[padded]]
+    n, q = self._config.sampler.num_samples, self.table[plan.query_ids[padded]]
     z = self._sampler(
       lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
       row_ids=padded[:, None] * n + np.arange(n), on_round=on_round,

@@ -68,7 +68,7 @@ class OnPolicyCollector(Collector):
 
   def score(self, ids, z):
     whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
-    return self._reward(self._table[ids], z.tokens, z.length, whole)
+    return self._reward(self.table[ids], z.tokens, z.length, whole)
 
   def seed_replay(self) -> np.ndarray:
     """Nothing: there is no buffer."""

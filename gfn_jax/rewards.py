@@ -259,7 +259,8 @@ class Reward:
   Args:
     model: scores Z behind context and prompt; an attribute too.
     alpha, beta: see above. Tempered sampling is alpha = 1 / T; beta < 0 is contrastive sampling.
-    prior: scores Z by itself, for beta; `prior_tokens`: what then stands before it, a beginning of sequence.
+    prior: scores Z by itself, for beta; an attribute too. `prior_tokens`: what then stands before it, a beginning of
+      sequence.
     rival_penalty: nats off where the LM thinks that a rival target is likelier than Y.
     log_constraint: (example, tokens of z_1:t) -> log c, nats, finite; None for no constraint.
 
@@ -280,7 +281,7 @@ class Reward:
   ):
     if beta and (prior is None or not prior_tokens):
       raise ValueError(f"beta {beta:g}: log p(z) needs a model without context, and a token before Z")
-    self.model, self._alpha, self._beta, self._prior = model, alpha, beta, prior
+    self.model, self._alpha, self._beta, self.prior = model, alpha, beta, prior
     self._prior_tokens, self._rival_penalty, self._log_constraint = list(prior_tokens), rival_penalty, log_constraint
 
   def __call__(
@@ -297,7 +298,7 @@ class Reward:
     log_reward = self._alpha * log_p_prefix + log_p_target
     if self._beta:
       prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
-      log_p_alone, _ = self._prior(
+      log_p_alone, _ = self.prior(
         prior, np.ones(prior.shape, bool), *z, queries.target_tokens, np.zeros_like(queries.target_mask)
       )
       log_reward += self._beta * log_p_alone
