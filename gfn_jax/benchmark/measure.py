@@ -1,4 +1,8 @@
-"""Times a config's own training steps: whole ones as they run, then ones whose phases are waited for one by one."""
+"""Times a config's own training steps: whole ones as they run, then ones whose phases are waited for one by one.
+
+Phases are the calls of the run's own parts: nothing is computed that training does not compute. The loss, its gradient
+and the optimiser are one program, and so are the reward's trunk and branches.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
@@ -78,6 +82,10 @@ class Steps:
     self._made += 1
     self._log.step(self._made, metrics, sampled)
     return time.perf_counter() - begin, len(self.compiled.seconds) > compiled
+
+  def wait(self) -> None:
+    """Until the last step's update is done."""
+    jax.block_until_ready(self._state)
 
   def warm_up(self) -> int:
     """Steps until one compiles nothing; how many."""
@@ -224,6 +232,7 @@ def measure(config: ml_collections.ConfigDict, repeats: int) -> dict[str, Any]:
   with Steps(config, MAX_WARM_UP + 2 * repeats) as steps:
     warm_up = steps.warm_up()
     whole = clean(lambda: steps.step(steps.run), repeats)
+    steps.wait()
     timer = PhaseTimer(steps)
     with timer.attached():
       phased = clean(timer.once, repeats)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gfn_jax.benchmark.measure import PHASES
+from gfn_jax.benchmark.measure import NOTABLE_SECONDS, PHASES
 
 COLUMNS = (
   "phase", "seconds", "share", "GFLOP by hand", "GFLOP run", "run / by hand", "GFLOP/s", "of matmul peak", "GB/s",
@@ -70,8 +70,9 @@ def notes(result: Mapping[str, Any]) -> str:
   lines += [
     f"Peaks here: matmul {_number(r['matmul_peak_flops_per_second'], 1e9)} GFLOP/s, copy "
     f"{_number(r['copy_peak_bytes_per_second'], 1e9)} GB/s, read and written.",
-    f"Compiled: {r['compiled_programs']} programs ({r['compiled_notable_programs']} of them not at once) in "
-    f"{r['compile_seconds']:.1f} s. Peak memory of the {r['peak_memory_of']}: {r['peak_memory_bytes'] / 1e9:.2f} GB.",
+    f"Compiled: {r['compiled_programs']} programs in {r['compile_seconds']:.1f} s, of which "
+    f"{r['compiled_notable_programs']} took more than {NOTABLE_SECONDS} s. Peak memory of the {r['peak_memory_of']}: "
+    f"{r['peak_memory_bytes'] / 1e9:.2f} GB.",
   ]
   return "\n".join(lines)
 
