@@ -9,7 +9,7 @@ import pytest
 
 from gfn_jax import flops, policy
 from gfn_jax.models.decoder import causal_mask, hidden_states, output_logits
-from testing import FAMILIES, random_lora, tiny_pretrained
+from testing import FAMILIES, random_lora, run_python, tiny_pretrained
 
 ROWS, TOKENS, OUTPUTS = 3, 40, 5
 
@@ -80,7 +80,7 @@ def test_a_gradient_is_what_xla_counts(family):
       assert hand == pytest.approx(xla, rel=0.15)
 
 
-def test_loops_and_devices_multiply():
+def test_loops_multiply():
   x = jnp.ones((8, 8))
 
   def loops(x):
@@ -90,9 +90,18 @@ def test_loops_and_devices_multiply():
   product = 2 * 8**3
   assert flops.program_flops(loops, x) == 5 * product
   assert flops.program_flops(jax.jit(loops), x, while_trips=10) == 23 * product
-  assert flops.program_flops(jax.pmap(loops, devices=jax.devices()[:1]), x[None]) == 5 * product
   # What is no array of JAX is known while tracing, as it is in the call.
   assert flops.program_flops(lambda x, n: x[: int(n)] @ x, jax.ShapeDtypeStruct(x.shape, x.dtype), np.int32(4)) == 512
+
+
+def test_devices_multiply():
+  code = """
+import jax, jax.numpy as jnp
+from gfn_jax.flops import program_flops
+mapped = jax.pmap(lambda x, y: jax.lax.psum(x @ y, "data"), axis_name="data", in_axes=(0, None), out_axes=None)
+print(program_flops(mapped, jnp.ones((2, 8, 8)), jnp.ones((8, 8))))
+"""
+  assert int(run_python(code, devices=2)) == 2 * 2 * 8**3
 
 
 def test_a_decoding_step_reads_every_weight_and_the_keys_of_its_rows():
