@@ -22,6 +22,7 @@ class Collector:
 
   Attributes:
     replay: the buffer.
+    table: the training queries.
   """
 
   def __init__(self, parts: Any, table: Queries):
@@ -31,7 +32,7 @@ class Collector:
       ValueError: fewer queries can be drawn than a step has.
     """
     config, task = parts.config, parts.task
-    self._config, self._task, self._table = config, task, table
+    self._config, self._task, self.table = config, task, table
     self._sampler, self._reward = parts.sampler, parts.reward
     self._max_positions = parts.pretrained.config.max_positions
     self._behavior = config.behavior
@@ -50,8 +51,9 @@ class Collector:
         f"{config.data.seeded_weight}, config.data.unseeded_weight {config.data.unseeded_weight})"
       )
 
-  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
-    return self._reward(self._table[ids], z.tokens, z.length, z.terminable)
+  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+    """log R [B, S] of the prefixes of N trajectories of each query, nats, untempered."""
+    return self._reward(self.table[ids], z.tokens, z.length, z.terminable)
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """What a checkpoint keeps of the collector."""
@@ -102,7 +104,7 @@ class Collector:
     tokens, chosen = tokens[:-1], chosen[:-1].astype(bool)
     length = np.array([len(tokens) for tokens, _ in rows], np.int32)
     blank = np.zeros(tokens.shape, np.float32)
-    log_reward = self._score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
+    log_reward = self.score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
     offered = [row for row, z in enumerate(rationales) if z]
     for row in offered:
       at = slice(row, row + 1)
@@ -141,7 +143,7 @@ class Collector:
     return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
-    q = self._table[query_ids]
+    q = self.table[query_ids]
     trees = build_trees(tokens, length, num_queries=len(query_ids), samples_per_tree=SAMPLES_PER_TREE)
     return Batch(
       q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
@@ -153,13 +155,13 @@ class Collector:
     total = len(plan.query_ids)
     usual = data.num_sampled(self._behavior, total, len(self._sampler.devices))
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
-    n, q = self._config.sampler.num_samples, self._table[plan.query_ids[padded]]
+    n, q = self._config.sampler.num_samples, self.table[plan.query_ids[padded]]
     z = self._sampler(
       lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
       row_ids=padded[:, None] * n + np.arange(n), on_round=on_round,
     )  # fmt: skip
     z = z.rows(slice(0, len(fresh) * n))
-    return z, self._score(plan.query_ids[fresh], z)
+    return z, self.score(plan.query_ids[fresh], z)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
     n = self._config.sampler.num_samples
@@ -182,7 +184,7 @@ class DemonstrationCollector(Collector):
   so it is where devices or micro-batches could not share the prompts evenly.
   """
 
-  def _score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
   def seed_replay(self) -> np.ndarray:

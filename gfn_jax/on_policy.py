@@ -69,9 +69,9 @@ class OnPolicyCollector(Collector):
       in_axes=(None, None, None, 0), devices=parts.devices,
     )  # fmt: skip
 
-  def _score(self, ids, z):
+  def score(self, ids, z):
     whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
-    return self._reward(self._table[ids], z.tokens, z.length, whole)
+    return self._reward(self.table[ids], z.tokens, z.length, whole)
 
   def seed_replay(self) -> np.ndarray:
     """Nothing: there is no buffer."""

@@ -9,6 +9,7 @@ so large groups of samples are split over trees of bounded size, and cost grows 
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -177,7 +178,7 @@ class RewardModel:
     while trees:
       chunk, arrays = self._next_chunk(trees, *of_query)
       trees = trees[len(chunk) :]
-      pending.append((chunk, self._score(self._params, self._lora, self._context, self._allowed, *arrays)))
+      pending.append((chunk, self.score_trees(*arrays)))
     for chunk, results in pending:
       prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
       for part, a, b in zip(chunk, prefixes, targets):
@@ -187,6 +188,10 @@ class RewardModel:
         log_p_prefix[part.rows] = np.where(wanted, a[slot[part.tree.node_of]], 0.0)
         log_p_target[part.rows] = np.where(wanted, b[slot[part.tree.node_of]], 0.0)
     return log_p_prefix, log_p_target
+
+  def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
+    """One call: `_score_trees` of prompts, trees and targets, [devices, trees, ...]."""
+    return self._score(self._params, self._lora, self._context, self._allowed, *arrays)
 
   def _next_chunk(
     self, trees: list[_Tree], prompt_tokens, prompt_mask, target_tokens, target_mask
@@ -227,7 +232,8 @@ class Reward:
   Args:
     model: scores Z behind context and prompt; an attribute too.
     alpha, beta: see above. Tempered sampling is alpha = 1 / T; beta < 0 is contrastive sampling.
-    prior: scores Z by itself, for beta; `prior_tokens`: what then stands before it, a beginning of sequence.
+    prior: scores Z by itself, for beta; an attribute too. `prior_tokens`: what then stands before it, a beginning of
+      sequence.
     rival_penalty: nats off where the LM thinks that a rival target is likelier than Y.
     log_constraint: (example, tokens of z_1:t) -> log c, nats, finite; None for no constraint.
 
@@ -248,7 +254,7 @@ class Reward:
   ):
     if beta and (prior is None or not prior_tokens):
       raise ValueError(f"beta {beta:g}: log p(z) needs a model without context, and a token before Z")
-    self.model, self._alpha, self._beta, self._prior = model, alpha, beta, prior
+    self.model, self._alpha, self._beta, self.prior = model, alpha, beta, prior
     self._prior_tokens, self._rival_penalty, self._log_constraint = list(prior_tokens), rival_penalty, log_constraint
 
   def __call__(
@@ -265,7 +271,7 @@ class Reward:
     log_reward = self._alpha * log_p_prefix + log_p_target
     if self._beta:
       prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
-      log_p_alone, _ = self._prior(
+      log_p_alone, _ = self.prior(
         prior, np.ones(prior.shape, bool), *z, queries.target_tokens, np.zeros_like(queries.target_mask)
       )
       log_reward += self._beta * log_p_alone

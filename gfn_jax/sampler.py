@@ -319,14 +319,10 @@ class Sampler:
     if row_ids is None:
       row_ids = np.arange(queries * num_samples).reshape(queries, num_samples)
     split = lambda x: np.asarray(x).reshape(devices, queries // devices, *np.shape(x)[1:])  # noqa: E731
-    context = self._encode_context(self._params, lora, self._context_tokens) if self._context_tokens.size else None
-    prompt_mask = without_start(np.asarray(prompt_mask), self._num_replaced)
-    inputs = (split(prompt_tokens), split(prompt_mask), split(row_ids))
-    prefix, state = self._start(self._params, lora, context, key, *inputs)
-    decode = self._round(bool((temperature == 0).any()))
+    prefix, state = self.prefill(lora, *map(split, (prompt_tokens, prompt_mask, row_ids)), key)
     temperature = split(temperature)
     while True:
-      state = decode(self._params, lora, *self._masks, prefix, temperature, state)
+      state = self.decode(lora, prefix, temperature, state)
       if on_round is not None:
         on_round()
       waiting = np.asarray(state.waiting)
@@ -336,6 +332,26 @@ class Sampler:
       state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
     rows = [np.asarray(x) for x in (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)]
     return Trajectory(*(x.reshape(queries * num_samples, *x.shape[3:]) for x in rows))
+
+  def prefill(
+    self,
+    lora: Lora | None,
+    prompt_tokens: Int[np.ndarray, "D q P"],
+    prompt_mask: Bool[np.ndarray, "D q P"],
+    row_ids: Int[np.ndarray, "D q N"],
+    key: jax.Array,
+  ) -> tuple[Prefix, RolloutState]:
+    """Each prompt once, and its empty rows; q queries a device."""
+    context = self._encode_context(self._params, lora, self._context_tokens) if self._context_tokens.size else None
+    prompt_mask = without_start(prompt_mask, self._num_replaced)
+    return self._start(self._params, lora, context, key, prompt_tokens, prompt_mask, row_ids)
+
+  def decode(
+    self, lora: Lora | None, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
+  ) -> RolloutState:
+    """One round: until every row has stopped, reached its length or asked the tool. `state` is donated."""
+    decode = self._round(bool((temperature == 0).any()))
+    return decode(self._params, lora, *self._masks, prefix, temperature, state)
 
   def draw(
     self,

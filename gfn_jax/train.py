@@ -5,6 +5,8 @@ the frozen LM; feed the replay buffer; update the adapter. It is a function of (
 holds.
 """
 
+from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 import pathlib
 import time
@@ -20,6 +22,8 @@ from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector, DemonstrationCollector
 from gfn_jax.config import flatten, validate
+from gfn_jax.evaluators.evaluator import Parts
+from gfn_jax.evaluators.suite import Suite
 from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, StepLog
 from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
@@ -73,6 +77,66 @@ def initial_trained(
   return trained
 
 
+@dataclasses.dataclass(frozen=True)
+class Run:
+  """What the steps of a run are made of.
+
+  Attributes:
+    parts, suite: as `experiment.build` makes them.
+    collector: gives a step its batch.
+    update: `train_step`, compiled.
+  """
+
+  parts: Parts
+  suite: Suite
+  collector: Collector
+  update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+  def step(
+    self, state: TrainState, number: int, on_round: Callable[[], None] | None = None
+  ) -> tuple[TrainState, dict[str, jax.Array], dict[str, float]]:
+    """Step `number`: sampling, scoring, replay, update. `state` is donated.
+
+    Returns:
+      The new state, the update's metrics, which the device may still be working on, and those of the samples.
+    """
+    config, parts = self.parts.config, self.parts
+    temperature = reward_temperature(config, number)
+    batch, sampled = self.collector(state.trained, number, data.step_key(config.seed, data.SAMPLE, number), on_round)
+    state, metrics = self.update(
+      parts.params, jnp.asarray(parts.task.allowed_tokens), jnp.float32(temperature),
+      data.step_key(config.seed, data.DROPOUT, number), state, split(batch, parts.devices),
+    )  # fmt: skip
+    return state, metrics, sampled | {"reward_temperature": temperature}
+
+
+def set_up(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Run, TrainState]:
+  """The run of a config that `validate` has passed, and the state before its first step.
+
+  Raises:
+    ValueError: a slip of the user's, in one line.
+  """
+  # The base model, the task, sampler, rewards and evaluations.
+  parts, suite = build(config, devices)
+  pretrained, task = parts.pretrained, parts.task
+  model = pretrained.config
+
+  # Adapter, buffer, optimiser, state.
+  lora = starting_adapter(config, pretrained)
+  reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
+  table = data.query_table(task.examples, task, model.max_positions, reserved)
+  collector = COLLECTORS[config.method](parts, table)
+  trained = initial_trained(config, model, lora, len(task.examples))
+  optimizer = make_optimizer(config)
+  state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
+  settings = step_settings(config, model, task.stop_token_id, len(devices))
+  update = jax.pmap(
+    functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
+    devices=devices, donate_argnums=(4,),
+  )  # fmt: skip
+  return Run(parts, suite, collector, update), state
+
+
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
 
@@ -89,27 +153,13 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     print(f"{workdir}: finished already ({finished} steps); results in {workdir / 'results.json'}")
     return 0
 
-  # 2. The base model, the task, sampler, rewards and evaluations.
-  parts, suite = build(config, devices)
-  pretrained, params, task = parts.pretrained, parts.params, parts.task
-  model = pretrained.config
-
-  # 3. Adapter, buffer, optimiser, state.
-  lora = starting_adapter(config, pretrained)
+  # 2. Base model, task, sampler, rewards, evaluations; adapter, buffer, optimiser, state.
+  run, state = set_up(config, devices)
+  suite, collector, pretrained, task = run.suite, run.collector, run.parts.pretrained, run.parts.task
+  trained = state.trained
   key = functools.partial(data.step_key, config.seed)
-  reserved = len(task.context_tokens(config.reward.num_demonstrations)) + config.sampler.max_length
-  table = data.query_table(task.examples, task, model.max_positions, reserved)
-  collector = COLLECTORS[config.method](parts, table)
-  trained = initial_trained(config, model, lora, len(task.examples))
-  optimizer = make_optimizer(config)
-  state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
-  settings = step_settings(config, model, task.stop_token_id, len(devices))
-  update = jax.pmap(
-    functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
-    devices=devices, donate_argnums=(4,),
-  )  # fmt: skip
 
-  # 4. Go on from the newest whole checkpoint.
+  # 3. Go on from the newest whole checkpoint.
   checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
   restored = checkpoints.restore(state)
   first_step = 0
@@ -134,7 +184,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
     try:
-      # 5. The steps. Metrics of a step are read while the next one runs.
+      # 4. The steps. Metrics of a step are read while the next one runs.
       if restored is None:
         seeds = collector.seed_replay()
         if config.replay.seed_from == "inverse_prompt" and len(seeds):
@@ -145,14 +195,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
           start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
           state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
-      allowed = jnp.asarray(task.allowed_tokens)
       for step in range(first_step, config.train.num_steps):
         preemption.check()
-        temperature = reward_temperature(config, step)
         # Before the step, not after the last one: a run that goes on from a checkpoint of this step makes it too.
         if step and step % config.eval.every_steps == 0 and config.eval.num_validation:
           values, samples = suite.validate(
-            state.trained["lora"], temperature, key(data.EVALUATE, step), preemption.check
+            state.trained["lora"], reward_temperature(config, step), key(data.EVALUATE, step), preemption.check
           )
           log.evaluation(step, values, samples)
           selection.consider(step, values, state.trained["lora"], pretrained)
@@ -160,19 +208,16 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
             writer.say(f"no better evaluation since step {selection.best_step}: stopped after step {step}")
             break
         profiler.before_step()
-        batch, sampled = collector(state.trained, step, key(data.SAMPLE, step), preemption.check)
-        state, metrics = update(
-          params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, split(batch, devices)
-        )
+        state, metrics, sampled = run.step(state, step, preemption.check)
         done = step + 1
-        log.step(done, metrics, sampled | {"reward_temperature": temperature})
+        log.step(done, metrics, sampled)
         if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:
           log.flush()
           checkpoints.save(done, state, collector.to_arrays())
       profiler.stop()
       checkpoints.wait()
 
-      # 6. The final evaluation, the adapter, the report.
+      # 5. The final evaluation, the adapter, the report.
       final_temperature = reward_temperature(config, config.train.num_steps)
       lora = state.trained["lora"]
       if config.train.keep == "best":

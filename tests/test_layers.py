@@ -13,7 +13,7 @@ LAYERS = (
   ("types", "version", "files", "named"),
   ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
-  ("policy", "likelihood"),
+  ("policy", "likelihood", "flops"),
   ("sampler", "rewards"),
   ("beam_search",),
   ("task",),
@@ -32,7 +32,7 @@ LAYERS = (
   ("train",),
   ("em",),
   ("cli",),
-  ("evaluate", "export", "finetune", "generate", "plan", "pretrain", "report"),
+  ("benchmark", "evaluate", "export", "finetune", "generate", "plan", "pretrain", "report"),
   ("main",),
 )
 
@@ -63,6 +63,13 @@ PACKAGES = {
     ("scoring",),
     ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
     ("suite",),
+  ),
+  "benchmark": (
+    ("__init__",),
+    ("work", "peaks", "stopwatch"),
+    ("measure",),
+    ("sweep", "tables"),
+    ("__main__",),
   ),
   "report": (
     ("__init__",),

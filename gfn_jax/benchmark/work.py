@@ -1,0 +1,103 @@
+"""What a step's phases must compute, counted by hand from its trajectories: no padding, nothing twice.
+
+Samples of a query share its prompt and, in the reward, their common prefixes. A token attends to itself and to what
+stands before it. Logits are needed where a token or a stop is scored.
+"""
+
+import dataclasses
+from typing import Any
+
+from jaxtyping import Int
+import numpy as np
+
+from gfn_jax.flops import backward_flops, forward_flops
+from gfn_jax.models import LoraConfig
+from gfn_jax.models.architectures import ModelConfig
+from gfn_jax.prefix_tree import build_tree
+from gfn_jax.types import Queries, Trajectory
+
+
+@dataclasses.dataclass(frozen=True)
+class Pass:
+  """A pass through the model, in sums over its rows.
+
+  Attributes:
+    tokens: that pass through the layers.
+    pairs: of a token and a position that it attends to.
+    outputs: positions whose logits are needed.
+  """
+
+  tokens: int = 0
+  pairs: int = 0
+  outputs: int = 0
+
+  def __add__(self, other: "Pass") -> "Pass":
+    return Pass(self.tokens + other.tokens, self.pairs + other.pairs, self.outputs + other.outputs)
+
+  def _sizes(self) -> dict[str, float]:
+    return {"tokens": self.tokens, "keys": self.pairs / max(1, self.tokens), "outputs": self.outputs}
+
+  def forward(self, model: ModelConfig, lora: LoraConfig | None) -> float:
+    """FLOPs."""
+    return forward_flops(model, lora, **self._sizes())
+
+  def with_gradient(self, model: ModelConfig, lora: LoraConfig) -> float:
+    """FLOPs of the forward pass and of the adapter's gradient, nothing computed again."""
+    return self.forward(model, lora) + backward_flops(model, lora, **self._sizes())
+
+
+def prompts(length: Int[np.ndarray, "Q"], outputs: int = 1, before: int = 0) -> Pass:
+  """Prompts, once each, behind `before` shared tokens; `outputs` of each."""
+  n = length.astype(int)
+  return Pass(int(n.sum()), int((n * before + n * (n + 1) // 2).sum()), outputs * len(n))
+
+
+def samples(prompt_length: Int[np.ndarray, "B"], length: Int[np.ndarray, "B"], max_length: int) -> Pass:
+  """Z behind their prompts, whose own outputs predict the first tokens; at max_length stopping is forced."""
+  p, n = prompt_length.astype(int), length.astype(int)
+  return Pass(int(n.sum()), int((n * p + n * (n + 1) // 2).sum()), int(np.minimum(n, max_length - 1).sum()))
+
+
+def prefixes(
+  prompt_length: Int[np.ndarray, "Q"], tokens: Int[np.ndarray, "B T"], length: Int[np.ndarray, "B"], max_length: int
+) -> Pass:
+  """The distinct prefixes of each query's samples, behind its prompt; at max_length stopping is forced."""
+  total, num_samples = Pass(), len(tokens) // len(prompt_length)
+  for q, before in enumerate(prompt_length.astype(int).tolist()):
+    rows = slice(q * num_samples, (q + 1) * num_samples)
+    depths = build_tree(tokens[rows], length[rows]).depths
+    total += Pass(len(depths), int((before + depths).sum()), int((depths < max_length).sum()))
+  return total
+
+
+def rewards(queries: Queries, z: Trajectory, context: int) -> tuple[Pass, Pass]:
+  """Trunk, prompts included, and branches: Y behind every distinct prefix where stopping is possible.
+
+  A prior p(Z) and rival targets are passes of their own, and are not counted.
+
+  Args:
+    queries: Q; z: B = Q * N samples of them.
+    context: tokens before every prompt, whose keys and values are there already.
+  """
+  prompt = queries.reward_prompt_mask.sum(-1)
+  trunk, branches, num_samples = prompts(prompt, before=context), Pass(), len(z.tokens) // len(queries)
+  terminable = z.terminable
+  for q, target in enumerate(queries.target_mask.sum(-1).tolist()):
+    rows = slice(q * num_samples, (q + 1) * num_samples)
+    tree = build_tree(z.tokens[rows], z.length[rows])
+    before, depths = context + int(prompt[q]), np.append(tree.depths, 0)
+    trunk += Pass(len(tree.tokens), int((before + tree.depths).sum()), len(tree.tokens))
+    ends, n = np.unique(tree.node_of[terminable[rows]]), max(0, target - 1)  # the trunk scores Y's first token
+    branches += Pass(n * len(ends), int((n * (before + depths[ends]) + n * (n + 1) // 2).sum()), n * len(ends))
+  return trunk, branches
+
+
+def decode_trips(active: Any, length: Any, after: Any) -> float:
+  """How often a decoding round's loop ran, a mean over devices.
+
+  Args:
+    active, length: [D, q, N], of the rows before the round. after: the `sampler.RolloutState` that it left.
+  """
+  grown = np.asarray(after.length) - length
+  stopped = active & ~np.asarray(after.waiting) & (np.asarray(after.length) < after.tokens.shape[-1])
+  return float((grown + stopped).max(axis=(1, 2)).mean())
