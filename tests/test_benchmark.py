@@ -113,6 +113,14 @@ def test_prompts_and_samples_by_a_loop():
   assert one + rows == work.Pass(one.tokens + rows.tokens, one.pairs + rows.pairs, one.outputs + rows.outputs)
 
 
+def test_the_loss_counts_each_distinct_prefix_once():
+  tokens = np.array([[1, 2, 3, 4], [1, 2, 5, 0], [7, 0, 0, 0], [7, 0, 0, 0]], np.int32)
+  length = np.array([4, 3, 1, 0], np.int32)
+  found = work.prefixes(np.array([3, 5]), tokens, length, max_length=4)
+  # The first query's 1, 12, 123, 1234, 125, of which 1234 cannot go on; the second's 7.
+  assert found == work.Pass(5 + 1, (4 + 5 + 6 + 7 + 6) + 6, 4 + 1)
+
+
 def test_rewards_count_each_distinct_prefix_once():
   context, max_length = 7, 4
   prompts, targets = (2, 3), (3, 1)
