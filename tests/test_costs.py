@@ -233,7 +233,7 @@ def test_the_table_adds_up():
   # Six billion parameters: 2 FLOPs each for a token forward, 4 with the gradient; 512 samples of 26 tokens, 4 devices.
   assert rows[LOSS][0] == pytest.approx(4 * 6.05e9 * 32 * (16 * 26 + 24) / 16 / 1e12, rel=0.1)
   # 26 trips that read 12.1 GB of weights and 1.2 of keys and values, a quarter on each device; operands on top.
-  assert rows["decode"][1] == pytest.approx(26 * (12.1 + 1.2) / 4, rel=0.15)
+  assert 1 < rows["decode"][1] / (26 * (12.1 + 1.2) / 4) < 1.2
   seconds = total[2] + total[5]
   assert f"{seconds:.2f} s a step and {512 / seconds:.3g} trajectories a second" in table
 
