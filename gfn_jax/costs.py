@@ -4,8 +4,8 @@
     {name: seconds(w, layout) for name, w in work.items()}
 
 A calculation, not a measurement. It counts what the programs compute, positions that a mask hides among it, where no
-two samples of a query have a prefix in common: the most that a step can be, but for padding. No phase waits for another
-device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
+two samples of a query have a prefix in common; what is padded to a program's next size is left out. No phase waits for
+another device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
 """
 
 from collections.abc import Mapping
