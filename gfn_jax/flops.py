@@ -132,3 +132,24 @@ def program_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
     return function(*jax.tree.unflatten(structure, [arrays.get(i, x) for i, x in enumerate(leaves)]))
 
   return _jaxpr_flops(jax.make_jaxpr(of)(traced).jaxpr, while_trips)
+
+
+def adapter_bytes(model: ModelConfig, lora: LoraConfig) -> int:
+  """Bytes of an adapter, in float32."""
+  return 4 * model.num_layers * _adapters(model, lora)
+
+
+def activation_bytes(
+  model: ModelConfig, lora: LoraConfig | None, *, tokens: float, keys: float, outputs: float, itemsize: int
+) -> float:
+  """Bytes that the matrix products of a forward pass read and write beside the weights.
+
+  Each product reads its operand from memory and writes its result there; softmax, norms and activations, which
+  compilers fuse with products, are not counted. Scores and logits are float32. Arguments as of `forward_flops`;
+  `itemsize`: bytes of a channel.
+  """
+  kernels = sum(a + b for a, b in model.projections().values())
+  attention = 2 * (model.num_heads + model.num_kv_heads) * model.head_dim
+  adapters = sum(sum(model.projections()[name]) + 2 * lora.rank for name in lora.targets) if lora else 0
+  layer = itemsize * (kernels + attention) + 4 * adapters + 2 * 4 * model.num_heads * keys
+  return tokens * model.num_layers * layer + outputs * (itemsize * model.hidden_size + 4 * model.vocab_size)

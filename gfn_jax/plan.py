@@ -2,11 +2,11 @@
 
 python -m gfn_jax.plan --config=configs/arith.py:paper --shape=gpt-j-6b --devices=1,4,8,32
 python -m gfn_jax.plan --config=configs/arith.py:paper --config.model.name=DIR --devices=8 --model_parallel=4
+python -m gfn_jax.plan --config=configs/arith.py:paper --devices=v5e-16     # what a step costs there, too (`costs`)
 
 The step is compiled for so many CPU devices, ahead of time, from shapes alone: no weight is loaded or allocated.
 """
 
-from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -18,22 +18,22 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
-from gfn_jax import cli
+from gfn_jax import cli, costs
 from gfn_jax.collect import SAMPLES_PER_TREE
-from gfn_jax.config import base_config, validate
+from gfn_jax.config import base_config
+from gfn_jax.layouts import Layout, make_layouts, split_note
 from gfn_jax.models import Pretrained
-from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, read_config
+from gfn_jax.models.architectures import ModelConfig, lora_targets, peft_names, read_config
 from gfn_jax.models.decoder import init_params
 from gfn_jax.models.hf import load_config
-from gfn_jax.models.partition import check_split, largest_split, tree_shardings
+from gfn_jax.models.partition import tree_shardings
 from gfn_jax.models.quantization import quantize
-from gfn_jax.models.shapes import SHAPES
+from gfn_jax.models.shapes import SHAPE_OF, SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
 from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.train import initial_trained, starting_adapter
 from gfn_jax.types import Acts, Batch, TrainState, Trees
 
-PROMPT_TOKENS = 24  # what a question of four operands takes, to the next multiple of 8
 ATTENTION = ("q", "k", "v", "qkv", "o")
 
 # Nothing runs, so code need not be fast. A CPU multiplies bfloat16 in float32: with these passes it would cast the
@@ -42,20 +42,6 @@ _COMPILER_OPTIONS = {
   "xla_backend_optimization_level": 0,
   "xla_disable_hlo_passes": "while-loop-invariant-code-motion,while-loop-expensive-invariant-code-motion",
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-  """One row of a plan: a model, by name, on `num_devices` of which `num_model` hold one copy of it between them."""
-
-  name: str
-  model: ModelConfig
-  num_devices: int
-  num_model: int
-
-  @property
-  def num_data(self) -> int:
-    return self.num_devices // self.num_model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,9 +78,14 @@ def fitting_targets(config: ml_collections.ConfigDict, model: ModelConfig) -> tu
   except ValueError:
     if targets != tuple(base_config().lora.targets):
       raise
-    modules = ARCHITECTURES[model.family].modules
-    names = [modules[f"layers.{n}"].hf_name.split("{}.")[1] for n in ATTENTION if n in model.projections()]
+    names = [name for projection, name in peft_names(model).items() if projection in ATTENTION]
     return tuple(n.removeprefix("self_attn.") for n in names)
+
+
+def model_of(config: ml_collections.ConfigDict) -> ModelConfig:
+  """The config's model; of those whose shape is known (`models.shapes`), no file is asked for."""
+  name = config.model.name
+  return read_config(SHAPES[SHAPE_OF[name]]) if name in SHAPE_OF else load_config(name, config.model.revision)
 
 
 def abstract_params(model: ModelConfig, dtype: str, quantization: str | None) -> dict:
@@ -207,59 +198,13 @@ def memory_of(compiled: jax.stages.Compiled, params: dict, state: TrainState) ->
   return Memory(bytes_per_device(params), bytes_per_device(state), gradients, allocated - gradients)
 
 
-def make_layouts(
-  models: dict[str, ModelConfig],
-  config: ml_collections.ConfigDict,
-  devices: Sequence[str],
-  model_parallel: str,
-  prompt_tokens: int,
-) -> list[Layout]:
-  """The rows of a plan, checked before anything starts.
-
-  Args:
-    models: by name.
-    devices: numbers, as text.
-    model_parallel: "auto", the largest split that model and devices allow, or a number.
-    prompt_tokens: P.
-
-  Raises:
-    ValueError: no number where one must be, a model or a batch that cannot be split so, or tokens beyond the context.
-  """
-  if prompt_tokens < 1:
-    raise ValueError(f"--prompt_tokens={prompt_tokens}: must be at least 1")
-  if not devices:
-    raise ValueError("--devices is empty: name at least one number of devices, as in --devices=1,4,8")
-  layouts = []
-  for name, model in models.items():
-    for text in devices:
-      if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"--devices={','.join(devices)}: {text!r} must be a number of devices, as in --devices=1,4,8")
-      num_devices = int(text)
-      if model_parallel == "auto":
-        num_model = largest_split(model, num_devices)
-      elif model_parallel.isdecimal() and int(model_parallel) and num_devices % int(model_parallel) == 0:
-        num_model = int(model_parallel)
-      else:
-        raise ValueError(f"--model_parallel={model_parallel}: must be auto, or a divisor of the {num_devices} devices")
-      if prompt_tokens + config.sampler.max_length > model.max_positions:
-        raise ValueError(
-          f"--prompt_tokens={prompt_tokens} and Z of {config.sampler.max_length} exceed the {model.max_positions} "
-          f"positions of {name}"
-        )
-      check_split(model, num_model)
-      validate(config, num_devices // num_model)
-      layouts.append(Layout(name, model, num_devices, num_model))
-  return layouts
-
-
 HEADER = ("model", "devices", "data × model", "base, GB", "adapter, gradients, AdamW", "temporaries", "sum")
 
 
 def table_row(layout: Layout, memory: Memory) -> str:
   """A row of the Markdown table, in GB."""
   sizes = (memory.params, memory.state + memory.gradients, memory.temporaries, memory.total)
-  split = f"{layout.num_data} × {layout.num_model}"
-  cells = (layout.name, str(layout.num_devices), split, *(f"{x / 1e9:.2f}" for x in sizes))
+  cells = (layout.name, layout.devices, layout.split, *(f"{x / 1e9:.2f}" for x in sizes))
   return f"| {' | '.join(cells)} |"
 
 
@@ -284,36 +229,31 @@ def notes(config: ml_collections.ConfigDict, targets: dict[str, tuple[str, ...]]
   return "\n".join(lines)
 
 
-def split_note(name: str, model: ModelConfig) -> str:
-  """Why a model is split over no more devices."""
-  return (
-    f"{name}: {model.num_heads} heads, {model.num_kv_heads} key-value heads and {model.mlp_size} MLP channels can be "
-    f"split over {largest_split(model, 0)} devices or a divisor of that; what is left shares the data."
-  )
-
-
 def main() -> int:
   f, config = flags.FLAGS, _CONFIG.value
   cli.prepare_jax(config)
-  if f.shape:
-    models = {name: read_config(SHAPES[name]) for name in f.shape}
-  else:
-    models = {config.model.name: load_config(config.model.name, config.model.revision)}
+  models = {name: read_config(SHAPES[name]) for name in f.shape or ()} or {config.model.name: model_of(config)}
   config.lora.init_from = None  # an adapter of the same size
   layouts = make_layouts(models, config, f.devices, f.model_parallel, f.prompt_tokens)
   jax.config.update("jax_platforms", "cpu")
   jax.config.update("jax_num_cpu_devices", max(layout.num_devices for layout in layouts))
 
+  lengths = costs.Lengths(f.prompt_tokens, f.context_tokens, f.target_tokens)
   print(f"| {' | '.join(HEADER)} |\n|---|{'---:|' * (len(HEADER) - 1)}", flush=True)
   targets = {name: fitting_targets(config, model) for name, model in models.items()}
+  tables = []
   for layout in layouts:
     config.lora.targets = targets[layout.name]
     memory = memory_of(*compile_step(config, layout, f.prompt_tokens))
     print(table_row(layout, memory), flush=True)
+    if layout.accelerator:
+      tables += filter(None, (costs.cost_table(config, layout, lengths), costs.memory_note(layout, memory.total)))
   print(f"\n{notes(config, targets, f.prompt_tokens)}")
   for name, model in models.items():
     if f.model_parallel == "auto" and any(x.name == name and x.num_data > 1 for x in layouts):
       print(split_note(name, model))
+  for text in (*tables, costs.notes(lengths)) if tables else ():
+    print(f"\n{text}")
   return 0
 
 
@@ -322,7 +262,12 @@ if __name__ == "__main__":
   flags.DEFINE_multi_enum(
     "shape", None, tuple(SHAPES), "A public model in place of config.model.name; can be repeated. No file is needed."
   )
-  flags.DEFINE_list("devices", ["1", "4", "8", "32"], "Numbers of devices, a row of the table each.")
+  flags.DEFINE_list(
+    "devices", ["1", "4", "8", "32"], "Numbers of devices or names of slices, as v5e-16: a row of the table each."
+  )
   flags.DEFINE_string("model_parallel", "auto", "Over how many devices a model is split; auto: as many as possible.")
-  flags.DEFINE_integer("prompt_tokens", PROMPT_TOKENS, "P, tokens of a prompt.")
+  defaults = costs.Lengths()
+  flags.DEFINE_integer("prompt_tokens", defaults.prompt, "P, tokens of a prompt.")
+  flags.DEFINE_integer("context_tokens", defaults.context, "Tokens before every prompt in the reward.", lower_bound=0)
+  flags.DEFINE_integer("target_tokens", defaults.target, "Y, tokens of a target.", lower_bound=0)
   cli.launch(main)

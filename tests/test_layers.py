@@ -10,10 +10,10 @@ from testing import REPOSITORY
 
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
-  ("types", "version", "files", "named"),
+  ("types", "version", "files", "named", "accelerators"),
   ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
-  ("policy", "likelihood", "flops"),
+  ("policy", "likelihood", "flops", "shards"),
   ("sampler", "rewards"),
   ("beam_search",),
   ("task",),
@@ -25,8 +25,8 @@ LAYERS = (
   ("evaluators",),
   ("experiment",),
   ("config",),
-  ("workdir", "collect", "selection"),
-  ("on_policy", "step"),
+  ("workdir", "collect", "selection", "layouts"),
+  ("on_policy", "step", "costs"),
   ("results",),
   ("plots",),
   ("train",),

@@ -11,7 +11,7 @@ from gfn_jax import plan
 from gfn_jax.models import save_pretrained
 from gfn_jax.models.architectures import lora_targets, read_config
 from gfn_jax.models.hf import load_config
-from gfn_jax.models.shapes import SHAPES
+from gfn_jax.models.shapes import SHAPE_OF, SHAPES
 from testing import FAMILIES, assert_one_line, run_commands, run_python, tiny_hf_config, tiny_pretrained
 
 SMOKE = ["gfn_jax.plan", "--config=configs/arith.py:smoke"]
@@ -19,6 +19,7 @@ TINY = [*SMOKE, "--config.model.name={}/tiny"]
 
 RUNS = {
   "shape": [*TINY, "--config.model.dtype=bfloat16", "--config.lora.dropout=0.1", "--devices=4", "--prompt_tokens=8"],
+  "slice": [*TINY, "--devices=2,v4-8", "--model_parallel=2", "--target_tokens=3"],
 }
 
 SLIPS = {
@@ -28,6 +29,13 @@ SLIPS = {
   "no model there": ([*SMOKE, "--config.model.name={}/nothing"], ["{}/nothing"]),
   "no number": ([*TINY, "--devices=1,four"], ["--devices=1,four", "'four'", "number of devices"]),
   "no devices": ([*TINY, "--devices=0"], ["'0'", "number of devices"]),
+  "no slice": ([*TINY, "--devices=1,v9-8"], ["--devices=1,v9-8", "'v9-8'", "v5e", "h100"]),
+  "half a chip": ([*TINY, "--devices=v4-3"], ["--devices=v4-3", "TensorCores, 2 a chip"]),
+  "more than a host": ([*TINY, "--devices=h100-16"], ["--devices=h100-16", "at most h100-8"]),
+  "a slice for another method": (
+    [*TINY, "--config.method=ppo", "--devices=v4-8"],
+    ["--devices=v4-8", "'gfn'", "'ppo'", "--devices=4"],
+  ),
   "an empty list": ([*TINY, "--devices="], ["--devices", "number of devices"]),
   "heads that do not divide": ([*TINY, "--devices=3", "--model_parallel=3"], ["4 heads", "3 devices", "1, 2"]),
   "devices that do not divide": ([*TINY, "--devices=4", "--model_parallel=3"], ["--model_parallel=3", "4 devices"]),
@@ -80,6 +88,28 @@ def test_a_table_is_printed_with_what_it_holds(folder, outcomes):
   # The config's out_proj is no name of Llama's.
   assert "q_proj, k_proj, v_proj, o_proj" in text
   assert "2 key-value heads" in text and "split over 2 devices" in text
+
+
+def test_a_slice_has_a_second_table(folder, outcomes):
+  code, out, err = outcomes["slice"]
+  assert code == 0, err
+  memory, notes, costs, sums, held = out.split("\n\n")
+  assert [row.split("|")[2:4] for row in memory.splitlines()[2:]] == [[" 2 ", " 1 × 2 "], [" v4-8 ", " 2 × 2 "]]
+  assert "prompts of 24 tokens" in notes
+  header, rule, *rows = costs.splitlines()
+  assert {len(row.split("|")) for row in (header, rule, *rows)} == {9}
+  assert [row.split("|")[1].strip() for row in rows] == [
+    "prefill", "decode", "reward trunk", "reward branch", "loss, forward + backward", "sum",
+  ]  # fmt: skip
+  assert "tiny on v4-8, 2 × 2" in sums and "trajectories a second" in sums
+  for part in ("not measured", "40% of the chip's peak", "60% of its memory's", "105 tokens", "targets 3"):
+    assert part in held
+
+
+def test_a_model_of_known_shape_needs_no_file():
+  config = arith.get_config("paper")
+  assert plan.model_of(config) == read_config(SHAPES["gpt-j-6b"])
+  assert set(SHAPE_OF.values()) == set(SHAPES)
 
 
 def test_shapes_are_the_public_models():

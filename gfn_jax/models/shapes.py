@@ -18,3 +18,9 @@ SHAPES = {
     },
   },
 }  # fmt: skip
+
+# Repositories of the hub whose config.json says the same.
+SHAPE_OF = {
+  "nlpcloud/instruct-gpt-j-fp16": "gpt-j-6b", "EleutherAI/gpt-j-6b": "gpt-j-6b", "openai-community/gpt2-xl": "gpt2-xl",
+  "meta-llama/Llama-3.1-8B": "llama-3.1-8b", "meta-llama/Llama-3.1-8B-Instruct": "llama-3.1-8b",
+}  # fmt: skip

@@ -1,0 +1,220 @@
+"""What a training step costs on a slice of accelerators: work by phase, counted by hand, and seconds from peak rates.
+
+    work = step_work(config, layout, Lengths())     # phase -> Work of one device
+    {name: seconds(w, layout) for name, w in work.items()}
+
+A calculation, not a measurement. It counts what the programs compute, positions that a mask hides among it, where no
+two samples of a query have a prefix in common; what is padded to a program's next size is left out. No phase waits for
+another device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+
+import ml_collections
+
+from gfn_jax.collect import SAMPLES_PER_TREE as SAMPLES_PER_LOSS_TREE
+from gfn_jax.config import num_micro_batches
+from gfn_jax.data import num_sampled
+from gfn_jax.flops import activation_bytes, adapter_bytes, backward_flops, decode_bytes, forward_flops
+from gfn_jax.layouts import Layout
+from gfn_jax.models.architectures import lora_targets
+from gfn_jax.models.lora import LoraConfig
+from gfn_jax.rewards import SAMPLES_PER_TREE
+from gfn_jax.shards import shard_of, summed_bytes, summed_gradient_bytes
+
+# What a program reaches of a chip's peak rates.
+MATMUL_EFFICIENCY = 0.4
+BANDWIDTH_EFFICIENCY = 0.6  # of memory and of the interconnect
+
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lengths:
+  """Tokens that a config does not tell, as GPT-2's and like tokenizers count them for arithmetic.
+
+  Attributes:
+    prompt: P, of a question of four operands to the next multiple of 8, with some room.
+    context: before every prompt in the reward, of three demonstrations.
+    target: Y.
+  """
+
+  prompt: int = 24
+  context: int = 105
+  target: int = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+  """What one device does in one phase of a step.
+
+  Attributes:
+    flops: of matrix products.
+    bytes: from and to its memory: weights, keys and values, operands and results of products.
+    model_sums, data_sums: bytes that it puts into sums over the axes `model` and `data`.
+  """
+
+  flops: float = 0.0
+  bytes: float = 0.0
+  model_sums: float = 0.0
+  data_sums: float = 0.0
+
+  def __add__(self, other: "Work") -> "Work":
+    return Work(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other))))
+
+  def __mul__(self, times: float) -> "Work":
+    return Work(*(a * times for a in dataclasses.astuple(self)))
+
+
+class _Passes:
+  """Passes of one device's share through its part of the model."""
+
+  def __init__(self, config: ml_collections.ConfigDict, layout: Layout):
+    self._model, self._num_model, self._num_data = layout.model, layout.num_model, layout.num_data
+    self._shard = shard_of(layout.model, layout.num_model)
+    self._remat = config.model.remat
+    self._itemsize = _ITEMSIZE[config.model.dtype]
+    self._kernel_itemsize = 1 if config.model.quantization else self._itemsize
+    targets = lora_targets(layout.model, tuple(config.lora.targets))
+    self.lora = LoraConfig(config.lora.rank, config.lora.alpha, targets)
+
+  def _read(self, lora: LoraConfig | None, keys: float) -> float:
+    return decode_bytes(self._shard, lora, keys=keys, itemsize=self._itemsize, kernel_itemsize=self._kernel_itemsize)
+
+  def forward(self, lora: LoraConfig | None, tokens: float, keys: float, outputs: float, cached: float = 0.0) -> Work:
+    """One pass. Arguments as of `flops.forward_flops`; `cached`: earlier positions whose keys and values are read."""
+    size = {"tokens": tokens, "keys": keys, "outputs": outputs}
+    return Work(
+      forward_flops(self._shard, lora, **size),
+      self._read(lora, cached) + activation_bytes(self._shard, lora, **size, itemsize=self._itemsize),
+      summed_bytes(self._model, lora, self._num_model, tokens=tokens),
+    )
+
+  def backward(self, tokens: float, keys: float, outputs: float) -> Work:
+    """What the adapter's gradient adds to a pass: weights once more, and operands, results and their gradients."""
+    lora, size = self.lora, {"tokens": tokens, "keys": keys, "outputs": outputs}
+    again = self.forward(lora, tokens, keys, 0.0) if self._remat == "full" else Work()
+    return Work(
+      backward_flops(self._shard, lora, **size, remat=self._remat),
+      self._read(lora, 0.0) + 2 * activation_bytes(self._shard, lora, **size, itemsize=self._itemsize) + again.bytes,
+      summed_gradient_bytes(self._model, lora, self._num_model, tokens=tokens, outputs=outputs) + again.model_sums,
+    )
+
+  def training(self, tokens: float, keys: float, outputs: float) -> Work:
+    """Forward and backward."""
+    return self.forward(self.lora, tokens, keys, outputs) + self.backward(tokens, keys, outputs)
+
+  def update(self) -> Work:
+    """The gradient's sum over `data`, and AdamW: it reads parameter, gradient and two moments, and writes three."""
+    size = adapter_bytes(self._shard, self.lora)
+    return Work(bytes=7 * size, data_sums=size if self._num_data > 1 else 0.0)
+
+
+def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Lengths) -> Mapping[str, Work]:
+  """Phase -> what one device does in it, in a step of method "gfn" in which all that can be replayed is.
+
+  Every sample is as long as it can be and decoded in one round: calls of a tool, for which rows wait, add trips that
+  read the weights again. Rewards are those of an LM, a tree of samples a call; log p(Z) and rival targets, where a
+  config has them, are passes of their own and are not counted.
+
+  Args:
+    config: of the run; its lora.targets fit the model. A split of the model is the same in all phases.
+    layout: the devices.
+    lengths: in tokens.
+  """
+  run, p, y = _Passes(config, layout), lengths.prompt, lengths.target
+  samples, t = config.sampler.num_samples, config.sampler.max_length
+  queries = config.train.num_queries // layout.num_data
+  fresh = num_sampled(config.behavior, config.train.num_queries, layout.num_data) // layout.num_data
+  rows = fresh * samples
+
+  decode = run.forward(run.lora, rows, p + t + 1, rows, cached=fresh * p + rows * t) * t
+
+  trees = -(-samples // SAMPLES_PER_TREE)  # of a query
+  nodes = -(-samples // trees) * t
+  before = lengths.context + p
+  trunk = run.forward(None, p, before, 0, cached=lengths.context) + run.forward(
+    None, nodes, before + nodes, nodes + 1, cached=before
+  )
+  branch = Work()
+  if y > 1:  # the trunk scores Y's first token
+    tokens = (nodes + 1) * (y - 1)
+    branch = run.forward(None, tokens, before + nodes + y - 1, tokens, cached=before + nodes)
+
+  micro = num_micro_batches(config, layout.num_data)
+  share = queries / micro
+  loss_trees = -(-samples // SAMPLES_PER_LOSS_TREE)
+  loss_nodes = -(-samples // loss_trees) * t
+  loss = run.training(share * p, p, 0) + run.training(
+    share * loss_trees * loss_nodes, p + loss_nodes, share * loss_trees * (loss_nodes + 1)
+  )
+  return {
+    "prefill": run.forward(run.lora, fresh * p, p, fresh),
+    "decode": decode,
+    "reward trunk": trunk * (fresh * trees),
+    "reward branch": branch * (fresh * trees),
+    "loss, forward + backward": loss * micro + run.update(),
+  }
+
+
+def compute_seconds(work: Work, layout: Layout) -> float:
+  """Of products and memory, whichever takes longer."""
+  chip = layout.accelerator
+  return max(work.flops / (chip.flops * MATMUL_EFFICIENCY), work.bytes / (chip.memory_bandwidth * BANDWIDTH_EFFICIENCY))
+
+
+def communication_seconds(work: Work, layout: Layout) -> float:
+  """Of sums over rings of n devices, which send 2 (n - 1) / n of the bytes that each device puts in. No latency."""
+  rings = ((work.model_sums, layout.num_model), (work.data_sums, layout.num_data))
+  sent = sum(2 * (n - 1) / n * size for size, n in rings)
+  return sent / (layout.accelerator.interconnect * BANDWIDTH_EFFICIENCY)
+
+
+HEADER = (
+  "phase", "TFLOPs", "GB of memory traffic", "seconds", "GB summed over model", "over data", "seconds of the sums",
+)  # fmt: skip
+
+
+def cost_table(config: ml_collections.ConfigDict, layout: Layout, lengths: Lengths) -> str:
+  """Markdown: a row a phase, their sum, and what follows from it."""
+  work = step_work(config, layout, lengths)
+  rows, total, compute, communication = [], Work(), 0.0, 0.0
+  for name, w in work.items():
+    a, b = compute_seconds(w, layout), communication_seconds(w, layout)
+    rows.append((name, w, a, b))
+    total, compute, communication = total + w, compute + a, communication + b
+  lines = [f"| {' | '.join(HEADER)} |", f"|---|{'---:|' * (len(HEADER) - 1)}"]
+  for name, w, a, b in (*rows, ("sum", total, compute, communication)):
+    numbers = (w.flops / 1e12, w.bytes / 1e9, a, w.model_sums / 1e9, w.data_sums / 1e9, b)
+    lines.append(f"| {name} | {' | '.join(f'{x:.3f}' for x in numbers)} |")
+  step = compute + communication
+  trajectories = config.train.num_queries * config.sampler.num_samples / step
+  flops = total.flops * layout.num_devices
+  return "\n".join((
+    *lines, "",
+    f"{layout.name} on {layout.devices}, {layout.split}: {step:.2f} s a step and {trajectories:.3g} trajectories a "
+    f"second expected, {flops / 1e12:.4g} TFLOPs a step on all {layout.num_devices} devices.",
+  ))  # fmt: skip
+
+
+def memory_note(layout: Layout, used: float) -> str | None:
+  """A line where the bytes `used` on each device are more than a chip has, else None."""
+  memory = layout.accelerator.memory
+  if used <= memory:
+    return None
+  return (
+    f"{layout.name} does not fit {layout.devices} as {layout.split}: a step takes {used / 1e9:.2f} GB of a chip's "
+    f"{memory / 1e9:.2f}."
+  )
+
+
+def notes(lengths: Lengths) -> str:
+  """What the numbers hold, under the tables."""
+  return (
+    f"Calculated, not measured: work of one device in one step; {MATMUL_EFFICIENCY:.0%} of the chip's peak in bfloat16 "
+    f"products and {BANDWIDTH_EFFICIENCY:.0%} of its memory's and its interconnect's bandwidth. Seconds of a phase are "
+    "those of its products or of its memory traffic, whichever take longer; its sums come on top, without latency.\n"
+    f"Every sample is as long as it can be, no two share a prefix, the reward's context has {lengths.context} tokens "
+    f"and its targets {lengths.target}; the host and a tool's rounds are not counted."
+  )
