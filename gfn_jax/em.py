@@ -19,13 +19,13 @@ import time
 import jax
 import ml_collections
 
-from gfn_jax import data
+from gfn_jax import data, distributed
 from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
-from gfn_jax.parallel import place
+from gfn_jax.parallel import all_devices, place
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature, train
 
@@ -49,7 +49,7 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
     step.lora.init_from = step.reward.adapter = None
     step.sampler.max_length, step.sampler.num_samples = max_length, 1
     step.train.num_queries = em.batch_size
-    step.train.micro_batch_queries = math.gcd(em.batch_size // jax.local_device_count(), MICRO_BATCH)
+    step.train.micro_batch_queries = math.gcd(em.batch_size // jax.device_count(), MICRO_BATCH)
     step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
     step.train.warmup_steps, step.train.decay_steps = em.warmup_steps, 0
     step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0
@@ -67,7 +67,7 @@ def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, 
   devices = jax.local_devices()
   parts, _ = build(config, devices)
   task = parts.task
-  if not output.exists():
+  if not distributed.any_of(output.exists()):
     queries = data.query_table(task.examples, task, parts.pretrained.config.max_positions, config.sampler.max_length)
     n = config.em.num_rationales
     z = parts.sampler.draw(
@@ -78,7 +78,9 @@ def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, 
     records = [
       {"X": task.examples[i // n].prompt, "Z": text, "Y": task.examples[i // n].target} for i, text in enumerate(rows)
     ]
-    write_text(output, "".join(json.dumps(r) + "\n" for r in records))
+    if distributed.is_first():
+      write_text(output, "".join(json.dumps(r) + "\n" for r in records))
+    distributed.wait_for_all("the rationales")
   return max(len(task.encode_after(e.target)) for e in task.examples)
 
 
@@ -110,7 +112,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   Raises:
     ValueError: a slip of the user's, in one line.
   """
-  started, devices = time.time(), jax.local_devices()
+  started, devices = time.time(), all_devices()
   validate(config, len(devices))
   workdir = contract.prepare(config, workdir)
   if contract.finished_steps(workdir) >= config.train.num_steps:
@@ -134,7 +136,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     adapter = folder / "m" / "adapter"
     found = dict(_read(folder / "e" / "results.json", config)) | evaluate_pair(config, sampler, adapter)
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
-  contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  if distributed.is_first():
+    contract.write_results(workdir / "results.json", config, results, time.time() - started)
   print(results_table({k: v for k, v in results.items() if "/round" not in k}))
   print(f"{workdir}: results.json, round0/ to round{config.em.num_rounds - 1}/", flush=True)
   return 0

@@ -10,7 +10,7 @@ from jaxtyping import Float
 import ml_collections
 import numpy as np
 
-from gfn_jax import data, policy
+from gfn_jax import data, distributed, policy
 from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
 from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches
@@ -61,7 +61,7 @@ class OnPolicyCollector(Collector):
     self._measure = jax.pmap(
       functools.partial(
         measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
-        num_micro_batches(config, len(parts.devices)),
+        num_micro_batches(config, len(parts.devices) * jax.process_count()),
       ),
       in_axes=(None, None, None, 0), devices=parts.devices,
     )  # fmt: skip
@@ -84,7 +84,8 @@ class OnPolicyCollector(Collector):
     z, log_reward = self._sample(trained["lora"], plan, every, key, on_round)
     batch = self._batch(plan.query_ids, z.tokens, z.length, z.action_mask, log_reward)
     measured = self._measure(self._params, self._allowed, trained, split(batch, self._devices))
-    log_prob, log_reference, value = (np.asarray(x).reshape(log_reward.shape) for x in measured)
+    own = [np.asarray(x).reshape(-1, log_reward.shape[1]) for x in measured]
+    log_prob, log_reference, value = distributed.gather(own, len(log_reward))
     prefixes, length = np.arange(log_reward.shape[1]), z.length[:, None]
     stops = (prefixes == length) & (length < config.sampler.max_length)
     mask = (np.pad(z.action_mask, ((0, 0), (0, 1))) & (prefixes < length)) | stops

@@ -22,9 +22,19 @@ def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
   return jax.device_put(tree, replicated(devices))
 
 
+def all_devices() -> list[jax.Device]:
+  """Of all processes, each process's own together."""
+  return sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+
+
 def split(tree: Any, devices: Sequence[jax.Device]) -> Any:
-  """Leading axis [D * n, ...] -> [D, n, ...], as `jax.pmap` takes it."""
-  return micro_batches(tree, len(devices))
+  """Leading axis [D * n, ...] -> [d, n, ...], as `jax.pmap` takes it.
+
+  Args:
+    devices: the d of this process, whose part is taken of what all D have.
+  """
+  here = slice(jax.process_index() * len(devices), (jax.process_index() + 1) * len(devices))
+  return jax.tree.map(lambda x: x[here], micro_batches(tree, len(devices) * jax.process_count()))
 
 
 def micro_batches(batch: Any, number: int) -> Any:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from gfn_jax import distributed
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
@@ -130,7 +131,7 @@ class RewardModel:
     num_replaced: how many tokens at the start of a prompt the context stands for (a beginning of sequence).
     allowed_tokens: bool [V], renormalises the tokens of Z, never those of the target; None for the whole vocabulary.
     stop_token_id: where a query has no target, it is the end of the text and counted with Z; None leaves it out.
-    devices: over which the trees of a call are mapped, without collectives.
+    devices: this process's, over which the trees of its queries are mapped, without collectives.
   """
 
   def __init__(
@@ -174,6 +175,18 @@ class RewardModel:
     """
     prompt_mask = without_start(prompt_mask, self._num_replaced)
     num_samples = len(tokens) // len(prompt_tokens)
+    own = distributed.share(len(prompt_tokens))
+    rows = slice(own.start * num_samples, own.stop * num_samples)
+    found = self._score_queries(
+      num_samples, prompt_tokens[own], prompt_mask[own], tokens[rows], length[rows], terminable[rows],
+      target_tokens[own], target_mask[own],
+    )  # fmt: skip
+    return distributed.gather(found, len(prompt_tokens), num_samples)
+
+  def _score_queries(
+    self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What a call returns, of this process's queries alone."""
     trees = []
     for q in range(len(prompt_tokens)):
       rows = np.arange(q * num_samples, (q + 1) * num_samples)

@@ -15,17 +15,17 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gfn_jax import data, plots, policy
+from gfn_jax import data, distributed, plots, policy
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector, DemonstrationCollector
 from gfn_jax.config import flatten, validate
 from gfn_jax.experiment import build
-from gfn_jax.metrics import MetricsWriter, StepLog
+from gfn_jax.metrics import MetricsWriter, SilentWriter, StepLog
 from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
 from gfn_jax.on_policy import GRPOCollector, PPOCollector
-from gfn_jax.parallel import DATA_AXIS, place, split
+from gfn_jax.parallel import DATA_AXIS, all_devices, place, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
 from gfn_jax.results import results_table
@@ -73,16 +73,29 @@ def initial_trained(
   return trained
 
 
+def _open_writer(config: ml_collections.ConfigDict, workdir: pathlib.Path, first_step: int) -> MetricsWriter:
+  """Of metrics, in the first process; all of them go on when its files stand as the run left them."""
+  writer = SilentWriter()
+  if distributed.is_first():
+    writer = MetricsWriter(
+      workdir, first_step, config.train.num_steps, wandb_project=config.wandb_project, config=flatten(config)
+    )
+  distributed.wait_for_all("metrics.jsonl")
+  return writer
+
+
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
+
+  Several processes make one run: all call this, and the first one writes the files (checkpoints are written by all).
 
   Raises:
     ValueError: a slip of the user's, in one line.
     FloatingPointError: a loss that is not finite, naming the step.
   """
   # 1. Check everything that can be checked before anything compiles.
-  started, devices = time.time(), jax.local_devices()
-  validate(config, len(devices))
+  started, devices, everywhere = time.time(), jax.local_devices(), all_devices()
+  validate(config, len(everywhere))
   workdir = contract.prepare(config, workdir)
   finished = contract.finished_steps(workdir)
   if finished >= config.train.num_steps:
@@ -103,10 +116,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   trained = initial_trained(config, model, lora, len(task.examples))
   optimizer = make_optimizer(config)
   state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
-  settings = step_settings(config, model, task.stop_token_id, len(devices))
+  settings = step_settings(config, model, task.stop_token_id, len(everywhere))
   update = jax.pmap(
     functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
-    devices=devices, donate_argnums=(4,),
+    devices=everywhere, donate_argnums=(4,),
   )  # fmt: skip
 
   # 4. Go on from the newest whole checkpoint.
@@ -120,16 +133,14 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         f"config.train.num_steps is {config.train.num_steps}, but {workdir} has made {first_step} steps already"
       )
     collector.restore(arrays)
-  contract.write_config(workdir, config, devices)
-  print(contract.plan(config, pretrained, trained, devices, first_step, workdir), flush=True)
+  contract.write_config(workdir, config, everywhere)
+  print(contract.plan(config, pretrained, trained, everywhere, first_step, workdir), flush=True)
 
   rows_per_step = config.train.num_queries * config.sampler.num_samples
   with (
     Preemption() as preemption,
-    MetricsWriter(
-      workdir, first_step, config.train.num_steps, wandb_project=config.wandb_project, config=flatten(config)
-    ) as writer,
-    StepProfiler(config.profile, workdir / "profile") as profiler,
+    _open_writer(config, workdir, first_step) as writer,
+    StepProfiler(config.profile and distributed.is_first(), workdir / "profile") as profiler,
   ):
     selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
@@ -182,9 +193,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         writer.say(f"the best evaluation was after step {selection.best_step}")
       results, samples = suite.test(lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
       log.evaluation(config.train.num_steps, results, samples)
-      lora = jax.tree.map(np.asarray, lora)
-      save_adapter(workdir / "adapter", lora, pretrained)
-      contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
+      if distributed.is_first():
+        save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
+        contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       log.flush()
       checkpoints.wait()
@@ -194,8 +205,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       return EXIT_CODE
     finally:
       checkpoints.close()
-  plots.plot_run(workdir, task.name)
-  contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  if distributed.is_first():
+    plots.plot_run(workdir, task.name)
+    contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  distributed.wait_for_all("results.json")
   if results:  # an M-step is not tested by itself
     print(results_table(results))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)

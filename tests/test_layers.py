@@ -10,7 +10,7 @@ from testing import REPOSITORY
 
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
-  ("types", "version", "files", "named"),
+  ("types", "version", "files", "named", "distributed"),
   ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
   ("policy", "likelihood"),
@@ -21,7 +21,7 @@ LAYERS = (
   ("tasks",),
   ("data",),
   ("completions", "texts"),
-  ("parallel", "distributed", "preemption", "checkpoint", "metrics", "profiler"),
+  ("parallel", "preemption", "checkpoint", "metrics", "profiler"),
   ("evaluators",),
   ("experiment",),
   ("config",),
