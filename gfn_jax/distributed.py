@@ -45,8 +45,20 @@ def initialize() -> None:
     raise ValueError(
       f"--multihost: {devices} devices, of which this one of {processes} processes has {local}: all must have as many"
     )
+  _connect()
   if not is_first():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
+
+
+def _connect() -> None:
+  """Lets every device meet its peers while all processes are here.
+
+  The first collective of a group of devices sets up its connections, and a CPU's gives up after half a minute: later on
+  a process that compiles for longer would end the job.
+  """
+  add = jax.pmap(lambda x: jax.lax.psum(x, "all"), axis_name="all", devices=jax.devices())
+  settle(add(np.ones(jax.local_device_count(), np.float32)))
+  wait_for_all("the start")
 
 
 @contextlib.contextmanager
@@ -103,6 +115,15 @@ def gather(own: Any, number: int, rows: int = 1) -> Any:
 def of_first(values: np.ndarray) -> np.ndarray:
   """What the first process passes; called by all, with arrays of one shape."""
   return values if jax.process_count() == 1 else np.array(multihost_utils.broadcast_one_to_all(values))
+
+
+def settle(results: Any) -> None:
+  """Until a computation over several processes is done; before `gather` and the like start the next one.
+
+  Those of two programs at once can wait for each other for ever: CPUs run them in no order.
+  """
+  if jax.process_count() > 1:
+    jax.block_until_ready(results)
 
 
 def any_of(flag: bool) -> bool:

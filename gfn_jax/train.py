@@ -175,6 +175,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         state, metrics = update(
           params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, split(batch, devices)
         )
+        distributed.settle(state)
         done = step + 1
         log.step(done, metrics, sampled | {"reward_temperature": temperature})
         if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:
