@@ -47,7 +47,7 @@ def initialize() -> None:
     )
   _connect()
   if not is_first():
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115  as long as the process lives
+    sys.stdout = open(os.devnull, "w")
 
 
 def _connect() -> None:

@@ -606,7 +606,8 @@ def test_multihost_without_other_processes_fails_loudly():
 def test_multihost_joins_the_processes_of_a_slurm_step(tmp_path):
   slurm = {"SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": "2"}
   env = os.environ | slurm | {"PYTHONPATH": str(REPOSITORY)}
-  command = [sys.executable, "-c", "import jax; from gfn_jax import distributed; distributed.initialize(); assert jax.process_count() == 2"]
+  code = "import jax; from gfn_jax import distributed; distributed.initialize(); assert jax.process_count() == 2"
+  command = [sys.executable, "-c", code]
   processes = [
     subprocess.Popen(
       command,
