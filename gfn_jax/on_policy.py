@@ -16,7 +16,7 @@ from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches
 from gfn_jax.losses import act_log_probs
 from gfn_jax.models.architectures import ModelConfig
-from gfn_jax.parallel import micro_batches, split
+from gfn_jax.parallel import micro_batches, over_data, split
 from gfn_jax.types import Acts, Batch, Queries
 
 ON_POLICY = ml_collections.FrozenConfigDict(dict(buffer=0.0, tempered=0.0, temperature_low=1.0, temperature_high=1.0))
@@ -58,13 +58,11 @@ class OnPolicyCollector(Collector):
     super().__init__(parts, table)
     self._behavior, self._params, config = ON_POLICY, parts.params, parts.config
     self._devices, self._allowed = parts.devices, jnp.asarray(parts.task.allowed_tokens)
-    self._measure = jax.pmap(
-      functools.partial(
-        measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
-        num_micro_batches(config, len(parts.devices) * jax.process_count()),
-      ),
-      in_axes=(None, None, None, 0), devices=parts.devices,
+    measure_share = functools.partial(
+      measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
+      num_micro_batches(config, len(parts.devices) * jax.process_count()),
     )  # fmt: skip
+    self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 
   def _score(self, ids, z):
     whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]

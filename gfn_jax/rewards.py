@@ -20,6 +20,7 @@ from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, without_start
+from gfn_jax.parallel import Devices, over_data
 from gfn_jax.prefix_tree import build_tree
 from gfn_jax.types import Example, Queries
 
@@ -86,12 +87,10 @@ def _score_trees(
 
 
 @functools.lru_cache
-def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax.Device, ...]):
+def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = jax.jit(functools.partial(encode_context, config))
-  score = jax.pmap(
-    functools.partial(_score_trees, config, stop_token_id), in_axes=(None,) * 4 + (0,) * 9, devices=devices
-  )  # fmt: skip
+  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
   return encode, score
 
 
@@ -144,7 +143,7 @@ class RewardModel:
     allowed_tokens: Bool[np.ndarray, "V"] | None = None,
     stop_token_id: int | None = None,
     params: dict | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
   ):
     self._config, self._lora = pretrained.config, lora
     self._params = pretrained.params if params is None else params

@@ -20,6 +20,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
+from gfn_jax.parallel import Devices, over_data
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
@@ -209,12 +210,10 @@ def decode_round(
 
 # Compiled once a shape, however many samplers a process makes.
 @functools.lru_cache
-def _compiled_start(config: ModelConfig, max_length: int, devices: tuple[jax.Device, ...]):
+def _compiled_start(config: ModelConfig, max_length: int, devices: tuple):
   """`encode_context` and `start`."""
   encode = jax.jit(functools.partial(encode_context, config))
-  return encode, jax.pmap(
-    functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=devices
-  )  # fmt: skip
+  return encode, over_data(functools.partial(start, config, max_length), (None,) * 4 + (0,) * 3, devices)
 
 
 @functools.lru_cache
@@ -225,13 +224,11 @@ def _compiled_round(
   top_k: int | None,
   top_p: float | None,
   some_greedy: bool,
-  devices: tuple[jax.Device, ...],
+  devices: tuple,
 ):
   """`decode_round`."""
-  return jax.pmap(
-    functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy),
-    in_axes=(None,) * 4 + (0,) * 3, devices=devices, donate_argnums=(6,),
-  )  # fmt: skip
+  part = functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy)
+  return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 
 class Sampler:
@@ -267,7 +264,7 @@ class Sampler:
     tool: Any = None,
     context: Sequence[int] = (),
     num_replaced: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
   ):
     self._check = functools.partial(check_behavior, max_length, min_length, top_k=top_k, top_p=top_p)
     self._check(np.ones(1))

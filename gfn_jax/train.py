@@ -24,8 +24,9 @@ from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, SilentWriter, StepLog
 from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
+from gfn_jax.models.partition import tree_shardings
 from gfn_jax.on_policy import GRPOCollector, PPOCollector
-from gfn_jax.parallel import DATA_AXIS, all_devices, place, split
+from gfn_jax.parallel import DATA_AXIS, all_devices, grouped, is_split, map_step, mesh_of, place, replicated, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
 from gfn_jax.results import results_table
@@ -94,8 +95,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     FloatingPointError: a loss that is not finite, naming the step.
   """
   # 1. Check everything that can be checked before anything compiles.
-  started, devices, everywhere = time.time(), jax.local_devices(), all_devices()
-  validate(config, len(everywhere))
+  started, everywhere = time.time(), all_devices()
+  num_shares = len(grouped(everywhere, config.mesh.model))
+  validate(config, num_shares)
+  if config.mesh.model > 1 and jax.process_count() > 1:
+    raise ValueError(f"config.mesh.model {config.mesh.model}: a model is split within one process, not beside others")
   workdir = contract.prepare(config, workdir)
   finished = contract.finished_steps(workdir)
   if finished >= config.train.num_steps:
@@ -103,8 +107,8 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     return 0
 
   # 2. The base model, the task, sampler, rewards and evaluations.
-  parts, suite = build(config, devices)
-  pretrained, params, task = parts.pretrained, parts.params, parts.task
+  parts, suite = build(config, jax.local_devices())
+  pretrained, params, task, devices = parts.pretrained, parts.params, parts.task, parts.devices
   model = pretrained.config
 
   # 3. Adapter, buffer, optimiser, state.
@@ -115,19 +119,25 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   collector = COLLECTORS[config.method](parts, table)
   trained = initial_trained(config, model, lora, len(task.examples))
   optimizer = make_optimizer(config)
-  state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
-  settings = step_settings(config, model, task.stop_token_id, len(everywhere))
-  update = jax.pmap(
-    functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
-    devices=everywhere, donate_argnums=(4,),
-  )  # fmt: skip
+  state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+  settings = step_settings(config, model, task.stop_token_id, num_shares)
+  update = functools.partial(train_step, settings, optimizer)
+  if is_split(devices):
+    shardings = tree_shardings(model, mesh_of(devices), state)
+    update, own = map_step(update, mesh_of(devices), shardings), lambda batch: batch
+  else:
+    shardings, own = replicated(devices), functools.partial(split, devices=devices)
+    update = jax.pmap(
+      update, axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None, devices=everywhere, donate_argnums=(4,)
+    )
+  state = jax.device_put(state, shardings)
 
   # 4. Go on from the newest whole checkpoint.
   checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint.keep)
   restored = checkpoints.restore(state)
   first_step = 0
   if restored is not None:
-    first_step, state, arrays = restored[0], place(restored[1], devices), restored[2]
+    first_step, state, arrays = restored[0], jax.device_put(restored[1], shardings), restored[2]
     if first_step > config.train.num_steps:
       raise ValueError(
         f"config.train.num_steps is {config.train.num_steps}, but {workdir} has made {first_step} steps already"
@@ -172,9 +182,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
             break
         profiler.before_step()
         batch, sampled = collector(state.trained, step, key(data.SAMPLE, step), preemption.check)
-        state, metrics = update(
-          params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, split(batch, devices)
-        )
+        state, metrics = update(params, allowed, jnp.float32(temperature), key(data.DROPOUT, step), state, own(batch))
         distributed.settle(state)
         done = step + 1
         log.step(done, metrics, sampled | {"reward_temperature": temperature})

@@ -174,13 +174,14 @@ def plan(
   count = lambda tree: sum(sizes(tree))  # noqa: E731
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
-  micro_batches = num_micro_batches(c, len(devices))
+  micro_batches = num_micro_batches(c, len(devices) // c.mesh.model)
   r, objective = c.reward, c.method
   if c.method == "gfn":
     objective = f"{c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
     objective += f"over {r.temperature_horizon} steps"
   precision = c.model.quantization or c.model.dtype
   shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  shared += f", {c.mesh.model} to a copy of the model" if c.mesh.model > 1 else ""
   return "\n".join([
     f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {precision})",
     f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
