@@ -4,7 +4,6 @@ The beams of a query share one cache, which grows by a slot a beam and step. A b
 wrote: when it changes parents a row of slot numbers moves, and no key.
 """
 
-from collections.abc import Sequence
 import functools
 from typing import Any
 
@@ -17,6 +16,7 @@ import numpy as np
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_prompts
+from gfn_jax.parallel import Devices, over_data
 from gfn_jax.policy import action_log_probs
 from gfn_jax.sampler import check_behavior
 from gfn_jax.types import Trajectory
@@ -208,11 +208,11 @@ def _compiled(
   num_beams: int,
   num_groups: int,
   num_returned: int,
-  devices: tuple[jax.Device, ...],
+  devices: tuple,
 ):
   """`search`."""
   part = functools.partial(search, config, stop_token_id, max_length, min_length, num_beams, num_groups, num_returned)
-  return jax.pmap(part, in_axes=(None,) * 4 + (0,) * 2, devices=devices)
+  return over_data(part, (None,) * 4 + (0,) * 2, devices)
 
 
 def check_search(
@@ -263,7 +263,7 @@ def beam_search(
   diversity_penalty: float = 0.0,
   length_penalty: float = 0.0,
   num_returned: int,
-  devices: Sequence[jax.Device] | None = None,
+  devices: Devices | None = None,
 ) -> Trajectory:
   """The K best Z that beam search finds under the base, for each of Q prompts.
 

@@ -153,7 +153,7 @@ class Collector:
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
     """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
     total = len(plan.query_ids)
-    usual = data.num_sampled(self._behavior, total, len(self._sampler.devices))
+    usual = data.num_sampled(self._behavior, total)
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
     n, q = self._config.sampler.num_samples, self.table[plan.query_ids[padded]]
     z = self._sampler(
@@ -212,7 +212,7 @@ class DemonstrationCollector(Collector):
     del trained, key, on_round
     config, groups = self._config, self._by_prompt()
     rows = config.train.num_queries * config.sampler.num_samples
-    shares = len(self._sampler.devices)
+    shares = len(self._sampler.devices) * jax.process_count()
     shares *= num_micro_batches(config, shares)
     most = min(map(len, groups))
     together = max(n for n in range(1, most + 1) if n == 1 or (rows % n == 0 and rows // n >= MIN_PROMPTS))

@@ -22,6 +22,7 @@ RESUMABLE = (
   "train.log_every",
   "train.micro_batch_queries",
   "model.remat",
+  "mesh",
   "checkpoint",
   "debug_nans",
   "profile",
@@ -51,6 +52,7 @@ def base_config() -> ml_collections.ConfigDict:
       "quantization": ml_collections.config_dict.placeholder(str),  # "int8": the frozen kernels in 8 bits
       "remat": "none",  # what the backward pass computes again to save memory: "none", "dots" or "full"
     }),
+    "mesh": c({"model": 1}),  # over how many devices one copy of the base is split
     "lora": c({
       "rank": 16,
       "alpha": 16.0,
@@ -240,7 +242,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _among("model.quantization", config.model.quantization, (None, *QUANTIZATIONS))
   _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "inverse_prompt", "nothing"))
   positive = (
-    "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
+    "mesh.model", "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
     "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
     "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",

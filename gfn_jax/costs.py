@@ -126,7 +126,7 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   run, p, y = _Passes(config, layout), lengths.prompt, lengths.target
   samples, t = config.sampler.num_samples, config.sampler.max_length
   queries = config.train.num_queries // layout.num_data
-  fresh = num_sampled(config.behavior, config.train.num_queries, layout.num_data) // layout.num_data
+  fresh = -(-num_sampled(config.behavior, config.train.num_queries) // layout.num_data)
   rows = fresh * samples
 
   decode = run.forward(run.lora, rows, p + t + 1, rows, cached=fresh * p + rows * t) * t

@@ -47,9 +47,9 @@ def num_by_behavior(behavior, num_queries: int) -> tuple[int, int]:
   return round(behavior.buffer * num_queries), round(behavior.tempered * num_queries)
 
 
-def num_sampled(behavior, num_queries: int, num_devices: int) -> int:
-  """How many queries a step samples where all it wants to replay has something to: a multiple of the devices."""
-  return -(-(num_queries - num_by_behavior(behavior, num_queries)[0]) // num_devices) * num_devices
+def num_sampled(behavior, num_queries: int) -> int:
+  """How many queries a step samples where all it wants to replay has something to."""
+  return num_queries - num_by_behavior(behavior, num_queries)[0]
 
 
 def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behavior) -> StepPlan:

@@ -19,13 +19,13 @@ import time
 import jax
 import ml_collections
 
-from gfn_jax import data
+from gfn_jax import data, distributed
 from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
-from gfn_jax.parallel import place
+from gfn_jax.parallel import all_devices, grouped, place
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature, train
 
@@ -49,7 +49,7 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
     step.lora.init_from = step.reward.adapter = None
     step.sampler.max_length, step.sampler.num_samples = max_length, 1
     step.train.num_queries = em.batch_size
-    step.train.micro_batch_queries = math.gcd(em.batch_size // jax.local_device_count(), MICRO_BATCH)
+    step.train.micro_batch_queries = math.gcd(em.batch_size * config.mesh.model // jax.device_count(), MICRO_BATCH)
     step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
     step.train.warmup_steps, step.train.decay_steps = em.warmup_steps, 0
     step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0
@@ -64,21 +64,22 @@ def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, 
   Returns:
     The longest Y, in tokens. Draws nothing where the file is there already.
   """
-  devices = jax.local_devices()
-  parts, _ = build(config, devices)
+  parts, _ = build(config, jax.local_devices())
   task = parts.task
-  if not output.exists():
+  if not distributed.any_of(output.exists()):
     queries = data.query_table(task.examples, task, parts.pretrained.config.max_positions, config.sampler.max_length)
     n = config.em.num_rationales
     z = parts.sampler.draw(
-      place(load_adapter(adapter, parts.pretrained), devices), queries.prompt_tokens, queries.prompt_mask,
+      place(load_adapter(adapter, parts.pretrained), parts.devices), queries.prompt_tokens, queries.prompt_mask,
       num_samples=n, temperature=1.0, key=data.step_key(config.seed, data.SAMPLE, config.train.num_steps),
     )  # fmt: skip
     rows = (task.decode(row[:length]) for row, length in zip(z.tokens.tolist(), z.length))
     records = [
       {"X": task.examples[i // n].prompt, "Z": text, "Y": task.examples[i // n].target} for i, text in enumerate(rows)
     ]
-    write_text(output, "".join(json.dumps(r) + "\n" for r in records))
+    if distributed.is_first():
+      write_text(output, "".join(json.dumps(r) + "\n" for r in records))
+    distributed.wait_for_all("the rationales")
   return max(len(task.encode_after(e.target)) for e in task.examples)
 
 
@@ -89,9 +90,8 @@ def evaluate_pair(
   step = e_step(config, conclusions)
   with step.unlocked():
     step.eval.baselines = False
-  devices = jax.local_devices()
-  parts, suite = build(step, devices)
-  lora = place(load_adapter(sampler, parts.pretrained), devices)
+  parts, suite = build(step, jax.local_devices())
+  lora = place(load_adapter(sampler, parts.pretrained), parts.devices)
   key = data.step_key(config.seed, data.EVALUATE, 0)
   results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key)
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
@@ -110,8 +110,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   Raises:
     ValueError: a slip of the user's, in one line.
   """
-  started, devices = time.time(), jax.local_devices()
-  validate(config, len(devices))
+  started, devices = time.time(), all_devices()
+  validate(config, len(grouped(devices, config.mesh.model)))
   workdir = contract.prepare(config, workdir)
   if contract.finished_steps(workdir) >= config.train.num_steps:
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")
@@ -134,7 +134,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     adapter = folder / "m" / "adapter"
     found = dict(_read(folder / "e" / "results.json", config)) | evaluate_pair(config, sampler, adapter)
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
-  contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  if distributed.is_first():
+    contract.write_results(workdir / "results.json", config, results, time.time() - started)
   print(results_table({k: v for k, v in results.items() if "/round" not in k}))
   print(f"{workdir}: results.json, round0/ to round{config.em.num_rounds - 1}/", flush=True)
   return 0

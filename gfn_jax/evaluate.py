@@ -26,10 +26,9 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
   Raises:
     ValueError: a slip of the user's, in one line.
   """
-  devices = jax.local_devices()
   validate(config, num_devices=1)  # of a training step, which there is none of
-  parts, suite = build(config, devices)
-  lora = place(load_adapter(adapter, parts.pretrained), devices) if adapter else None
+  parts, suite = build(config, jax.local_devices())
+  lora = place(load_adapter(adapter, parts.pretrained), parts.devices) if adapter else None
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
   return suite.test(lora, reward_temperature(config, config.train.num_steps), key)[0]

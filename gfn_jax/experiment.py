@@ -8,19 +8,28 @@ import ml_collections
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.suite import Suite
 from gfn_jax.models import load_adapter, load_pretrained
-from gfn_jax.parallel import place, replicated
+from gfn_jax.models.hf import load_config
+from gfn_jax.models.partition import shardings
+from gfn_jax.parallel import grouped, is_split, mesh_of, place, replicated
 from gfn_jax.tasks import make_task
 
 
 def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Parts, Suite]:
   """Loads and connects what a config names; nothing compiles but the reward's context.
 
+  Args:
+    devices: of this process; in groups of config.mesh.model each holds one copy of the base.
+
   Raises:
     ValueError: a slip of the user's, in one line.
   """
+  devices = grouped(devices, config.mesh.model)
+  where = lambda path: replicated(devices)  # noqa: E731
+  if is_split(devices):
+    where = shardings(load_config(config.model.name, config.model.revision), mesh_of(devices))
   pretrained = load_pretrained(
     config.model.name, config.model.dtype, revision=config.model.revision, quantization=config.model.quantization,
-    shardings=lambda path: replicated(devices),
+    shardings=where,
   )  # fmt: skip
   params = pretrained.params
   task = make_task(config, pretrained.tokenizer, pretrained.config.vocab_size)

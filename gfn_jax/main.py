@@ -18,7 +18,8 @@ def main() -> int:
 
   default = f"runs/{config.name}" + (f"-{config.variant}" if config.variant else "")
   workdir = _WORKDIR.value or default
-  return em.run(config.lock(), workdir) if config.em.num_rounds else train.train(config.lock(), workdir)
+  with distributed.failing_together():
+    return em.run(config.lock(), workdir) if config.em.num_rounds else train.train(config.lock(), workdir)
 
 
 if __name__ == "__main__":

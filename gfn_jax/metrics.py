@@ -46,7 +46,7 @@ def read_jsonl(path: str | os.PathLike) -> list[dict]:
 
 
 class MetricsWriter:
-  """Writes a run's metrics from process 0. A context manager."""
+  """Writes a run's metrics; the first process has one, the others a `SilentWriter`. A context manager."""
 
   def __init__(
     self,
@@ -117,6 +117,28 @@ class MetricsWriter:
     """Prints above the bar."""
     self._bar.write(text, file=sys.stdout)
     sys.stdout.flush()
+
+
+class SilentWriter(MetricsWriter):
+  """Writes and shows nothing."""
+
+  def __init__(self):
+    """Opens no file."""
+
+  def __exit__(self, *exc) -> None:
+    """There is nothing to close."""
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Nothing."""
+
+  def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
+    """Nothing."""
+
+  def progress(self, step: int, shown: Mapping[str, str], eta_seconds: float) -> None:
+    """Nothing."""
+
+  def say(self, text: str) -> None:
+    """Nothing."""
 
 
 def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:

@@ -10,13 +10,13 @@ from jaxtyping import Float
 import ml_collections
 import numpy as np
 
-from gfn_jax import data, policy
+from gfn_jax import data, distributed, policy
 from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
 from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches
 from gfn_jax.losses import act_log_probs
 from gfn_jax.models.architectures import ModelConfig
-from gfn_jax.parallel import micro_batches, split
+from gfn_jax.parallel import micro_batches, over_data, split
 from gfn_jax.types import Acts, Batch, Queries
 
 ON_POLICY = ml_collections.FrozenConfigDict(
@@ -61,13 +61,11 @@ class OnPolicyCollector(Collector):
     super().__init__(parts, table)
     self._behavior, self._params, config = ON_POLICY, parts.params, parts.config
     self._devices, self._allowed = parts.devices, jnp.asarray(parts.task.allowed_tokens)
-    self._measure = jax.pmap(
-      functools.partial(
-        measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
-        num_micro_batches(config, len(parts.devices)),
-      ),
-      in_axes=(None, None, None, 0), devices=parts.devices,
+    measure_share = functools.partial(
+      measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
+      num_micro_batches(config, len(parts.devices) * jax.process_count()),
     )  # fmt: skip
+    self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 
   def score(self, ids, z):
     whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
@@ -87,7 +85,8 @@ class OnPolicyCollector(Collector):
     z, log_reward = self._sample(trained["lora"], plan, every, key, on_round)
     batch = self._batch(plan.query_ids, z.tokens, z.length, z.action_mask, log_reward)
     measured = self._measure(self._params, self._allowed, trained, split(batch, self._devices))
-    log_prob, log_reference, value = (np.asarray(x).reshape(log_reward.shape) for x in measured)
+    own = [np.asarray(x).reshape(-1, log_reward.shape[1]) for x in measured]
+    log_prob, log_reference, value = distributed.gather(own, len(log_reward))
     prefixes, length = np.arange(log_reward.shape[1]), z.length[:, None]
     stops = (prefixes == length) & (length < config.sampler.max_length)
     mask = (np.pad(z.action_mask, ((0, 0), (0, 1))) & (prefixes < length)) | stops

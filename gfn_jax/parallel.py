@@ -11,20 +11,84 @@ from gfn_jax.models.partition import MODEL_AXIS
 
 DATA_AXIS = "data"
 
+# What shares the data: devices, or groups of them of which each holds one copy of the base between them.
+Devices = Sequence[jax.Device] | Sequence[tuple[jax.Device, ...]]
 
-def replicated(devices: Sequence[jax.Device]) -> NamedSharding:
+
+def grouped(devices: Sequence[jax.Device], num_model: int) -> Devices:
+  """Neighbours in groups of `num_model`; as they are where that is 1.
+
+  Raises:
+    ValueError: they do not fall into such groups.
+  """
+  if num_model < 1 or len(devices) % num_model:
+    raise ValueError(f"config.mesh.model {num_model}: {len(devices)} devices do not fall into groups of as many")
+  if num_model == 1:
+    return list(devices)
+  return [tuple(devices[i : i + num_model]) for i in range(0, len(devices), num_model)]
+
+
+def is_split(devices: Devices) -> bool:
+  """Whether they are groups."""
+  return isinstance(devices[0], tuple)
+
+
+def mesh_of(devices: Devices) -> Mesh:
+  """The axis `data` over devices, or the axes `data` and `model` over groups."""
+  if is_split(devices):
+    return make_mesh([d for group in devices for d in group], len(devices[0]))
+  return Mesh(np.array(devices), (DATA_AXIS,))
+
+
+def replicated(devices: Devices) -> NamedSharding:
   """One whole copy on each device."""
-  return NamedSharding(Mesh(np.array(devices), (DATA_AXIS,)), PartitionSpec())
+  return NamedSharding(mesh_of(devices), PartitionSpec())
 
 
-def place(tree: Any, devices: Sequence[jax.Device]) -> Any:
+def over_data(
+  function: Callable, in_axes: tuple[int | None, ...], devices: Devices, donate_argnums: tuple[int, ...] = ()
+) -> Callable:
+  """`function`, written for one share of the data, mapped over all of them without collectives.
+
+  By `jax.pmap`; over groups the same by `jax.shard_map`, where XLA partitions each share over its group.
+
+  Args:
+    in_axes: of each argument 0, arrays [D, ...] of which a share gets its own, or None, the same for all.
+    donate_argnums: as of `jax.jit`.
+  """
+  if not is_split(devices):
+    return jax.pmap(function, in_axes=in_axes, devices=devices, donate_argnums=donate_argnums)
+
+  def of_share(*args):
+    own = [a if axis is None else jax.tree.map(lambda x: x[0], a) for a, axis in zip(args, in_axes)]
+    return jax.tree.map(lambda x: x[None], function(*own))
+
+  specs = tuple(PartitionSpec() if axis is None else PartitionSpec(DATA_AXIS) for axis in in_axes)
+  mapped = jax.shard_map(
+    of_share, mesh=mesh_of(devices), in_specs=specs, out_specs=PartitionSpec(DATA_AXIS), axis_names={DATA_AXIS},
+    check_vma=False,
+  )  # fmt: skip
+  return jax.jit(mapped, donate_argnums=donate_argnums)
+
+
+def place(tree: Any, devices: Devices) -> Any:
   """Puts one copy of `tree` on each device, once: a mapped function broadcasts what stands elsewhere at each call."""
   return jax.device_put(tree, replicated(devices))
 
 
+def all_devices() -> list[jax.Device]:
+  """Of all processes, each process's own together."""
+  return sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+
+
 def split(tree: Any, devices: Sequence[jax.Device]) -> Any:
-  """Leading axis [D * n, ...] -> [D, n, ...], as `jax.pmap` takes it."""
-  return micro_batches(tree, len(devices))
+  """Leading axis [D * n, ...] -> [d, n, ...], as `jax.pmap` takes it.
+
+  Args:
+    devices: the d of this process, whose part is taken of what all D have.
+  """
+  here = slice(jax.process_index() * len(devices), (jax.process_index() + 1) * len(devices))
+  return jax.tree.map(lambda x: x[here], micro_batches(tree, len(devices) * jax.process_count()))
 
 
 def micro_batches(batch: Any, number: int) -> Any:

@@ -2,15 +2,20 @@
 
 import signal
 
+from gfn_jax import distributed
+
 EXIT_CODE = 128 + signal.SIGTERM
 
 
 class Preempted(Exception):
-  """Raised between device rounds once SIGTERM has come."""
+  """Raised between device rounds once SIGTERM has come to any process of the job."""
 
 
 class Preemption:
-  """Catches SIGTERM while in use as a context. `check` raises `Preempted` where the caller can stop cleanly."""
+  """Catches SIGTERM while in use as a context. `check` raises `Preempted` where the caller can stop cleanly.
+
+  All processes of a job call `check` at the same places, and all of them stop at the same one.
+  """
 
   def __init__(self):
     self.requested = False
@@ -27,5 +32,5 @@ class Preemption:
     self.requested = True
 
   def check(self) -> None:
-    if self.requested:
+    if distributed.any_of(self.requested):
       raise Preempted

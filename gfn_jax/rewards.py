@@ -16,10 +16,12 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from gfn_jax import distributed
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, tree_states, without_start
+from gfn_jax.parallel import Devices, over_data
 from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
 from gfn_jax.types import Example, Queries
 
@@ -85,12 +87,10 @@ def _score_trees(
 
 
 @functools.lru_cache
-def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple[jax.Device, ...]):
+def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = jax.jit(functools.partial(encode_context, config))
-  score = jax.pmap(
-    functools.partial(_score_trees, config, stop_token_id), in_axes=(None,) * 4 + (0,) * 9, devices=devices
-  )  # fmt: skip
+  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
   return encode, score
 
 
@@ -119,7 +119,7 @@ class RewardModel:
     num_replaced: how many tokens at the start of a prompt the context stands for (a beginning of sequence).
     allowed_tokens: bool [V], renormalises the tokens of Z, never those of the target; None for the whole vocabulary.
     stop_token_id: where a query has no target, it is the end of the text and counted with Z; None leaves it out.
-    devices: over which the trees of a call are mapped, without collectives.
+    devices: this process's, over which the trees of its queries are mapped, without collectives.
   """
 
   def __init__(
@@ -132,7 +132,7 @@ class RewardModel:
     allowed_tokens: Bool[np.ndarray, "V"] | None = None,
     stop_token_id: int | None = None,
     params: dict | None = None,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
   ):
     self._config, self._lora = pretrained.config, lora
     self._params = pretrained.params if params is None else params
@@ -163,6 +163,18 @@ class RewardModel:
     """
     prompt_mask = without_start(prompt_mask, self._num_replaced)
     num_samples = len(tokens) // len(prompt_tokens)
+    own = distributed.share(len(prompt_tokens))
+    rows = slice(own.start * num_samples, own.stop * num_samples)
+    found = self._score_queries(
+      num_samples, prompt_tokens[own], prompt_mask[own], tokens[rows], length[rows], terminable[rows],
+      target_tokens[own], target_mask[own],
+    )  # fmt: skip
+    return distributed.gather(found, len(prompt_tokens), num_samples)
+
+  def _score_queries(
+    self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """What a call returns, of this process's queries alone."""
     trees = []
     for q in range(len(prompt_tokens)):
       first = q * num_samples

@@ -15,15 +15,17 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from gfn_jax import distributed
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
+from gfn_jax.parallel import Devices, over_data
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
 FREE = -1  # in `forced`: the policy chooses
-ROWS_PER_CALL = 1280  # of `Sampler.draw`: bounds the memory of caches and logits
+ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
 
 
 def check_behavior(
@@ -208,12 +210,10 @@ def decode_round(
 
 # Compiled once a shape, however many samplers a process makes.
 @functools.lru_cache
-def _compiled_start(config: ModelConfig, max_length: int, devices: tuple[jax.Device, ...]):
+def _compiled_start(config: ModelConfig, max_length: int, devices: tuple):
   """`encode_context` and `start`."""
   encode = jax.jit(functools.partial(encode_context, config))
-  return encode, jax.pmap(
-    functools.partial(start, config, max_length), in_axes=(None,) * 4 + (0,) * 3, devices=devices
-  )  # fmt: skip
+  return encode, over_data(functools.partial(start, config, max_length), (None,) * 4 + (0,) * 3, devices)
 
 
 @functools.lru_cache
@@ -224,13 +224,11 @@ def _compiled_round(
   top_k: int | None,
   top_p: float | None,
   some_greedy: bool,
-  devices: tuple[jax.Device, ...],
+  devices: tuple,
 ):
   """`decode_round`."""
-  return jax.pmap(
-    functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy),
-    in_axes=(None,) * 4 + (0,) * 3, devices=devices, donate_argnums=(6,),
-  )  # fmt: skip
+  part = functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy)
+  return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 
 class Sampler:
@@ -245,7 +243,7 @@ class Sampler:
     top_k, top_p: of the behaviour policy, as in `filter_tokens`; None for no such filter.
     tool: `tools.Calculator` or another object with `is_call` [V] and `respond(tokens) -> tokens`; None for none.
     context: int [C], tokens before every prompt. num_replaced: as in `rewards.RewardModel`.
-    devices: over which queries are mapped, without collectives.
+    devices: this process's, over which its queries are mapped, without collectives.
 
   Raises:
     ValueError: lengths that contradict each other, a filter out of range, a stop token that is not allowed, or nothing
@@ -266,7 +264,7 @@ class Sampler:
     tool: Any = None,
     context: Sequence[int] = (),
     num_replaced: int = 0,
-    devices: Sequence[jax.Device] | None = None,
+    devices: Devices | None = None,
   ):
     self._check = functools.partial(check_behavior, max_length, min_length, top_k=top_k, top_p=top_p)
     self._check(np.ones(1))
@@ -297,41 +295,47 @@ class Sampler:
     row_ids: Int[np.ndarray, "Q N"] | None = None,
     on_round: Callable[[], None] | None = None,
   ) -> Trajectory:
-    """N samples for each of Q prompts; Q must be a multiple of the number of devices.
+    """N samples for each of Q prompts, shared by the devices of all processes.
 
     Args:
       lora: the adapter, or None to sample from the base.
       temperature: of the behaviour policy, a query; 0 takes the most probable token, and the first among equals.
       key, row_ids: row r draws from fold_in(key, row_ids[r]); by default rows are numbered in order.
-      on_round: called after each device round, to answer signals.
+      on_round: called after each device round, to answer signals; by several processes once, when all have sampled.
 
     Returns:
       Trajectory of B = Q * N rows, grouped by query, as NumPy arrays.
 
     Raises:
-      ValueError: a temperature out of range, or queries that the devices cannot share evenly.
+      ValueError: a temperature out of range.
     """
     temperature = np.asarray(temperature, np.float32)
     self._check(temperature)
-    queries, devices = len(prompt_tokens), len(self.devices)
-    if queries % devices:
-      raise ValueError(f"{queries} queries are not divisible by {devices} devices")
+    queries, devices, alone = len(prompt_tokens), len(self.devices), jax.process_count() == 1
+    own = distributed.share(queries)
+    per_device = -(-queries // (jax.process_count() * devices))
+    ids = np.minimum(own.start + np.arange(devices * per_device), queries - 1)  # the last devices may draw rows again
     if row_ids is None:
       row_ids = np.arange(queries * num_samples).reshape(queries, num_samples)
-    split = lambda x: np.asarray(x).reshape(devices, queries // devices, *np.shape(x)[1:])  # noqa: E731
+    split = lambda x: np.asarray(x)[ids].reshape(devices, per_device, *np.shape(x)[1:])  # noqa: E731
     prefix, state = self.prefill(lora, *map(split, (prompt_tokens, prompt_mask, row_ids)), key)
     temperature = split(temperature)
     while True:
       state = self.decode(lora, prefix, temperature, state)
-      if on_round is not None:
+      if on_round is not None and alone:
         on_round()
       waiting = np.asarray(state.waiting)
       if not waiting.any():
         break
       forced = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
       state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
-    rows = [np.asarray(x) for x in (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)]
-    return Trajectory(*(x.reshape(queries * num_samples, *x.shape[3:]) for x in rows))
+    fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
+    rows = (np.asarray(x).reshape(len(ids) * num_samples, *x.shape[3:]) for x in fields)
+    num_rows = (own.stop - own.start) * num_samples
+    z = Trajectory(*distributed.gather([x[:num_rows] for x in rows], queries, num_samples))
+    if on_round is not None and not alone:
+      on_round()
+    return z
 
   def prefill(
     self,
@@ -369,7 +373,8 @@ class Sampler:
     Takes and returns what a call does, but for one temperature for all.
     """
     queries, devices = len(prompt_tokens), len(self.devices)
-    chunk = min(-(-queries // devices), max(1, ROWS_PER_CALL // num_samples // devices)) * devices
+    shares = devices * jax.process_count()
+    chunk = min(-(-queries // shares), max(1, ROWS_PER_CALL // num_samples // devices)) * shares
     temperatures, parts = np.full(chunk, temperature, np.float32), []
     for begin in range(0, queries, chunk):
       rows = np.arange(begin, begin + chunk)

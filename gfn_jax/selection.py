@@ -7,6 +7,7 @@ import math
 import pathlib
 from typing import Any
 
+from gfn_jax import distributed
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.models import Lora, Pretrained, load_adapter, save_adapter
 
@@ -44,7 +45,7 @@ class Selection:
       )
     if math.isfinite(value):
       self._history.append((step, value))
-    if self._keeps_best and self.best_step == step:
+    if self._keeps_best and self.best_step == step and distributed.is_first():
       save_adapter(self._folder, lora, pretrained)
 
   def is_over(self) -> bool:
@@ -56,4 +57,5 @@ class Selection:
 
   def load(self, pretrained: Pretrained) -> Lora:
     """The best evaluation's adapter."""
+    distributed.wait_for_all("the best adapter")
     return load_adapter(self._folder, pretrained)

@@ -5,11 +5,11 @@ import itertools
 import operator
 from typing import Any, ClassVar, SupportsIndex
 
-import jax
 import numpy as np
 
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.text import TextCodec
+from gfn_jax.parallel import Devices
 from gfn_jax.rewards import Reward, RewardModel
 from gfn_jax.sampler import Sampler
 from gfn_jax.types import Example
@@ -149,9 +149,7 @@ class Task(TextCodec):
       stop_token_id=self.stop_token_id, tool=self.tool, num_replaced=len(self.start_tokens), **settings,
     )  # fmt: skip
 
-  def make_reward(
-    self, config: Any, pretrained: Pretrained, params: dict, lora: Lora | None, devices: Sequence[jax.Device]
-  ) -> Any:
+  def make_reward(self, config: Any, pretrained: Pretrained, params: dict, lora: Lora | None, devices: Devices) -> Any:
     """The reward: called as `rewards.Reward` is.
 
     Args:

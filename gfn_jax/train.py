@@ -5,7 +5,7 @@ the frozen LM; feed the replay buffer; update the adapter. It is a function of (
 holds.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from gfn_jax import data, plots, policy
+from gfn_jax import data, distributed, plots, policy
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector, DemonstrationCollector
@@ -25,17 +25,18 @@ from gfn_jax.config import flatten, validate
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.suite import Suite
 from gfn_jax.experiment import build
-from gfn_jax.metrics import MetricsWriter, StepLog
+from gfn_jax.metrics import MetricsWriter, SilentWriter, StepLog
 from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
+from gfn_jax.models.partition import tree_shardings
 from gfn_jax.on_policy import GRPOCollector, PPOCollector
-from gfn_jax.parallel import DATA_AXIS, place, split
+from gfn_jax.parallel import DATA_AXIS, all_devices, grouped, is_split, map_step, mesh_of, place, replicated, split
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
 from gfn_jax.results import results_table
 from gfn_jax.selection import Selection
 from gfn_jax.step import make_optimizer, step_settings, train_step
-from gfn_jax.types import TrainState
+from gfn_jax.types import Batch, TrainState
 
 COLLECTORS = {"gfn": Collector, "sft": DemonstrationCollector, "ppo": PPOCollector, "grpo": GRPOCollector}
 
@@ -84,13 +85,17 @@ class Run:
   Attributes:
     parts, suite: as `experiment.build` makes them.
     collector: gives a step its batch.
+    share: of a whole batch, what `update` takes of it.
     update: `train_step`, compiled.
+    shardings: where the state lies.
   """
 
   parts: Parts
   suite: Suite
   collector: Collector
+  share: Callable[[Batch], Batch]
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+  shardings: Any
 
   def step(
     self, state: TrainState, number: int, on_round: Callable[[], None] | None = None
@@ -105,20 +110,21 @@ class Run:
     batch, sampled = self.collector(state.trained, number, data.step_key(config.seed, data.SAMPLE, number), on_round)
     state, metrics = self.update(
       parts.params, jnp.asarray(parts.task.allowed_tokens), jnp.float32(temperature),
-      data.step_key(config.seed, data.DROPOUT, number), state, split(batch, parts.devices),
+      data.step_key(config.seed, data.DROPOUT, number), state, self.share(batch),
     )  # fmt: skip
+    distributed.settle(state)
     return state, metrics, sampled | {"reward_temperature": temperature}
 
 
-def set_up(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Run, TrainState]:
+def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   """The run of a config that `validate` has passed, and the state before its first step.
 
   Raises:
     ValueError: a slip of the user's, in one line.
   """
   # The base model, the task, sampler, rewards and evaluations.
-  parts, suite = build(config, devices)
-  pretrained, task = parts.pretrained, parts.task
+  parts, suite = build(config, jax.local_devices())
+  pretrained, task, devices = parts.pretrained, parts.task, parts.devices
   model = pretrained.config
 
   # Adapter, buffer, optimiser, state.
@@ -128,25 +134,47 @@ def set_up(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> 
   collector = COLLECTORS[config.method](parts, table)
   trained = initial_trained(config, model, lora, len(task.examples))
   optimizer = make_optimizer(config)
-  state = place(TrainState(jnp.int32(0), trained, optimizer.init(trained)), devices)
-  settings = step_settings(config, model, task.stop_token_id, len(devices))
-  update = jax.pmap(
-    functools.partial(train_step, settings, optimizer), axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None,
-    devices=devices, donate_argnums=(4,),
-  )  # fmt: skip
-  return Run(parts, suite, collector, update), state
+  state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+  everywhere = all_devices()
+  settings = step_settings(config, model, task.stop_token_id, len(grouped(everywhere, config.mesh.model)))
+  update = functools.partial(train_step, settings, optimizer)
+  if is_split(devices):
+    shardings = tree_shardings(model, mesh_of(devices), state)
+    update, share = map_step(update, mesh_of(devices), shardings), lambda batch: batch
+  else:
+    shardings, share = replicated(devices), functools.partial(split, devices=devices)
+    update = jax.pmap(
+      update, axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None, devices=everywhere, donate_argnums=(4,)
+    )
+  return Run(parts, suite, collector, share, update, shardings), jax.device_put(state, shardings)
+
+
+def _open_writer(config: ml_collections.ConfigDict, workdir: pathlib.Path, first_step: int) -> MetricsWriter:
+  """Of metrics, in the first process; all of them go on when its files stand as the run left them."""
+  writer = SilentWriter()
+  if distributed.is_first():
+    writer = MetricsWriter(
+      workdir, first_step, config.train.num_steps, wandb_project=config.wandb_project, config=flatten(config)
+    )
+  distributed.wait_for_all("metrics.jsonl")
+  return writer
 
 
 def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
+
+  Several processes make one run: all call this, and the first one writes the files (checkpoints are written by all).
 
   Raises:
     ValueError: a slip of the user's, in one line.
     FloatingPointError: a loss that is not finite, naming the step.
   """
   # 1. Check everything that can be checked before anything compiles.
-  started, devices = time.time(), jax.local_devices()
-  validate(config, len(devices))
+  started, everywhere = time.time(), all_devices()
+  num_shares = len(grouped(everywhere, config.mesh.model))
+  validate(config, num_shares)
+  if config.mesh.model > 1 and jax.process_count() > 1:
+    raise ValueError(f"config.mesh.model {config.mesh.model}: a model is split within one process, not beside others")
   workdir = contract.prepare(config, workdir)
   finished = contract.finished_steps(workdir)
   if finished >= config.train.num_steps:
@@ -154,9 +182,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
     return 0
 
   # 2. Base model, task, sampler, rewards, evaluations; adapter, buffer, optimiser, state.
-  run, state = set_up(config, devices)
+  run, state = set_up(config)
   suite, collector, pretrained, task = run.suite, run.collector, run.parts.pretrained, run.parts.task
-  trained = state.trained
+  devices, trained = run.parts.devices, state.trained
   key = functools.partial(data.step_key, config.seed)
 
   # 3. Go on from the newest whole checkpoint.
@@ -164,22 +192,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   restored = checkpoints.restore(state)
   first_step = 0
   if restored is not None:
-    first_step, state, arrays = restored[0], place(restored[1], devices), restored[2]
+    first_step, state, arrays = restored[0], jax.device_put(restored[1], run.shardings), restored[2]
     if first_step > config.train.num_steps:
       raise ValueError(
         f"config.train.num_steps is {config.train.num_steps}, but {workdir} has made {first_step} steps already"
       )
     collector.restore(arrays)
-  contract.write_config(workdir, config, devices)
-  print(contract.plan(config, pretrained, trained, devices, first_step, workdir), flush=True)
+  contract.write_config(workdir, config, everywhere)
+  print(contract.plan(config, pretrained, trained, everywhere, first_step, workdir), flush=True)
 
   rows_per_step = config.train.num_queries * config.sampler.num_samples
   with (
     Preemption() as preemption,
-    MetricsWriter(
-      workdir, first_step, config.train.num_steps, wandb_project=config.wandb_project, config=flatten(config)
-    ) as writer,
-    StepProfiler(config.profile, workdir / "profile") as profiler,
+    _open_writer(config, workdir, first_step) as writer,
+    StepProfiler(config.profile and distributed.is_first(), workdir / "profile") as profiler,
   ):
     selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
@@ -227,9 +253,9 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         writer.say(f"the best evaluation was after step {selection.best_step}")
       results, samples = suite.test(lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
       log.evaluation(config.train.num_steps, results, samples)
-      lora = jax.tree.map(np.asarray, lora)
-      save_adapter(workdir / "adapter", lora, pretrained)
-      contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
+      if distributed.is_first():
+        save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
+        contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       log.flush()
       checkpoints.wait()
@@ -239,8 +265,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
       return EXIT_CODE
     finally:
       checkpoints.close()
-  plots.plot_run(workdir, task.name)
-  contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  if distributed.is_first():
+    plots.plot_run(workdir, task.name)
+    contract.write_results(workdir / "results.json", config, results, time.time() - started)
+  distributed.wait_for_all("results.json")
   if results:  # an M-step is not tested by itself
     print(results_table(results))
   print(f"{workdir}: adapter/, results.json, samples.jsonl, plots/", flush=True)

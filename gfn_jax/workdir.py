@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from gfn_jax import distributed
 from gfn_jax.config import first_difference, flatten, num_micro_batches
 from gfn_jax.files import finished_steps as finished_steps
 from gfn_jax.files import write_text
@@ -20,18 +21,24 @@ from gfn_jax.version import __version__
 
 
 def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
-  """Makes the folder, or checks that it holds a run of this config.
+  """Makes the folder, or checks that it holds a run of this config. Called by all processes.
 
   Raises:
-    ValueError: the folder cannot be written, or holds another run; names the first field that differs.
+    ValueError: the folder cannot be written, is not one folder to all processes, or holds another run; names the first
+      field that differs.
   """
   path = pathlib.Path(workdir)
   if "://" in os.fspath(workdir):  # as a path it would be a local folder, lost with the machine
     raise ValueError(f"workdir {os.fspath(workdir)!r} is no folder: mount the file system, and name its path")
   try:
     path.mkdir(parents=True, exist_ok=True)
-    write_text(path / ".writable", "")
-    (path / ".writable").unlink()
+    probes = [path / f".writable{index}" for index in range(jax.process_count())]
+    write_text(probes[jax.process_index()], "")
+    distributed.wait_for_all("a probe of the workdir")
+    shared = all(probe.exists() for probe in probes)
+    if distributed.any_of(not shared):
+      raise ValueError(f"workdir {os.fspath(path)!r} is not the same folder to all {len(probes)} processes")
+    probes[jax.process_index()].unlink()
   except OSError as e:
     raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {e.strerror}") from None
   require_same_config(config, path / "config.json")
@@ -72,7 +79,9 @@ def git_commit() -> str:
 
 
 def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
-  """config.json: the resolved config, versions, commit and devices."""
+  """config.json: the resolved config, versions, commit and devices. The first process writes."""
+  if not distributed.is_first():
+    return
   import flax
   import numpy
   import optax
@@ -165,16 +174,18 @@ def plan(
   count = lambda tree: sum(sizes(tree))  # noqa: E731
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
-  micro_batches = num_micro_batches(c, len(devices))
+  micro_batches = num_micro_batches(c, len(devices) // c.mesh.model)
   r, objective = c.reward, c.method
   if c.method == "gfn":
     objective = f"{c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
     objective += f"over {r.temperature_horizon} steps"
   precision = c.model.quantization or c.model.dtype
+  shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""
+  shared += f", {c.mesh.model} to a copy of the model" if c.mesh.model > 1 else ""
   return "\n".join([
     f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {precision})",
     f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
-    f"devices   {len(devices)} x {devices[0].device_kind}",
+    f"devices   {len(devices)} x {devices[0].device_kind}{shared}",
     f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
     f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} a device",
     f"objective {objective}",

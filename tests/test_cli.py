@@ -83,6 +83,8 @@ CASES = {
   "unknown loss": ([ARITH, "--config.loss.name=l2"], ["'l2'", "subtb, tb, vargrad, db"]),
   "unwritable workdir": ([SMOKE, "--workdir={}/file/run"], ["{}/file/run", "cannot be written", "Not a directory"]),
   "remote workdir": ([SMOKE, "--workdir=gs://bucket/run"], ["'gs://bucket/run'", "mount the file system"]),
+  "groups that devices do not fill": ([SMOKE, "--config.mesh.model=2"], ["config.mesh.model 2", "1 devices"]),
+  "no device for a model": ([SMOKE, "--config.mesh.model=0"], ["config.mesh.model 0"]),
   "grpo of one sample": (
     [SMOKE, "--config.method=grpo", "--config.sampler.num_samples=1"], ["config.sampler.num_samples 1", "at least 2"],
   ),

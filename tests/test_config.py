@@ -97,7 +97,7 @@ def test_fields_that_do_not_change_the_mathematics_may_differ():
   changes = {
     "train__num_steps": 7, "train__log_every": 3, "checkpoint__every_steps": 9, "checkpoint__keep": 5,
     "debug_nans": True, "profile": True, "data__dir": "elsewhere", "eval__every_steps": 11,
-    "train__micro_batch_queries": 2, "model__remat": "full", "wandb_project": "mine",
+    "train__micro_batch_queries": 2, "mesh__model": 2, "model__remat": "full", "wandb_project": "mine",
   }  # fmt: skip
   assert {f.replace("__", ".") for f in changes} == {  # so that no resumable field goes untested
     f for f in flatten(base_config()) if any(f == r or f.startswith(r + ".") for r in RESUMABLE)

@@ -63,9 +63,9 @@ def test_a_step_is_a_function_of_seed_and_step():
     assert (data.plan_step(seed, step, np.ones(50), 8, BEHAVIOR).query_ids != one.query_ids).any()
 
 
-@pytest.mark.parametrize("devices, expected", [(1, 6), (4, 8), (6, 6)])
-def test_sampled_queries_are_a_multiple_of_the_devices(devices, expected):
-  assert data.num_sampled(BEHAVIOR, 8, devices) == expected
+@pytest.mark.parametrize("queries, expected", [(8, 6), (4, 3), (1, 1)])
+def test_what_is_not_replayed_is_sampled(queries, expected):
+  assert data.num_sampled(BEHAVIOR, queries) == expected
 
 
 class Letters(Task):

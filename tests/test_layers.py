@@ -10,10 +10,10 @@ from testing import REPOSITORY
 
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
-  ("types", "version", "files", "named", "accelerators"),
+  ("types", "version", "files", "named", "distributed", "accelerators"),
   ("tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
-  ("policy", "likelihood", "flops", "shards"),
+  ("policy", "likelihood", "parallel", "flops", "shards"),
   ("sampler", "rewards"),
   ("beam_search",),
   ("task",),
@@ -21,7 +21,7 @@ LAYERS = (
   ("tasks",),
   ("data",),
   ("completions", "texts"),
-  ("parallel", "distributed", "preemption", "checkpoint", "metrics", "profiler"),
+  ("preemption", "checkpoint", "metrics", "profiler"),
   ("evaluators",),
   ("experiment",),
   ("config",),

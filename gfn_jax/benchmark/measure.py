@@ -60,7 +60,7 @@ class Steps:
     config, enter = self._config, self._stack.enter_context
     enter(self.compiled)
     enter(contextlib.redirect_stdout(sys.stderr))  # stdout is for the table
-    self.run, self._state = set_up(config, jax.local_devices())
+    self.run, self._state = set_up(config)
     self.run.collector.seed_replay()
     writer = enter(MetricsWriter(pathlib.Path(enter(tempfile.TemporaryDirectory())), 0, self._num_steps))
     rows = config.train.num_queries * config.sampler.num_samples

@@ -9,6 +9,7 @@ import jax
 from gfn_jax.data import query_table
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora, Pretrained
+from gfn_jax.parallel import Devices
 from gfn_jax.sampler import Sampler
 from gfn_jax.task import Task
 from gfn_jax.types import Example
@@ -20,7 +21,7 @@ class Parts:
 
   Attributes:
     config: the run's.
-    pretrained: the base; `params`: its parameters as placed on `devices`.
+    pretrained: the base; `params`: its parameters as placed on `devices`, of this process.
     sampler: draws Z at the training length.
     reward: log R; called as `rewards.Reward` is.
   """
@@ -31,7 +32,7 @@ class Parts:
   task: Task
   sampler: Sampler
   reward: Any
-  devices: Sequence[jax.Device]
+  devices: Devices
 
 
 Problems = Mapping[str, Sequence[Example]]  # kind -> examples; "" where there is one kind

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
+from gfn_jax import distributed
 from gfn_jax.evaluators.bertscore import bert_score
 from gfn_jax.evaluators.evaluator import Evaluator, Problems
 from gfn_jax.evaluators.judge import Judge, mean_rating
@@ -46,7 +47,9 @@ class Infills(Evaluator):
         for story, found in zip(examples, candidates)
         for text in found[: c.judge_samples]
       ]
-      ratings = self._judge.rate(shown)
+      ratings = self._judge.rate(shown) if distributed.is_first() else [None] * len(shown)  # it is paid for
+      found = distributed.of_first(np.array([np.nan if r is None else r for r in ratings], np.float32))
+      ratings = [None if np.isnan(r) else float(r) for r in found]
       yield "coherence_missing", sum(r is None for r in ratings) / len(ratings)
       if any(r is not None for r in ratings):
         yield "coherence", mean_rating(ratings)[0]

@@ -40,7 +40,7 @@ def posterior_quality(
     distinct_samples: different Z among the N. length_mean: tokens.
 
   Args:
-    examples: sampled in `num_calls` equal parts, each a multiple of the number of devices.
+    examples: sampled in `num_calls` equal parts.
   """
   log_rewards, log_qs, distinct, lengths = [], [], [], []
   task, max_positions = parts.task, parts.pretrained.config.max_positions

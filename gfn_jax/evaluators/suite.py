@@ -65,8 +65,8 @@ class Suite:
   def _posterior(self, lora, reward_temperature, key, on_round) -> Iterator[tuple[str, float]]:
     examples = [e for group in zip(*self._validation.values()) for e in group]
     # As many at a time as a training step samples: the same shapes, so nothing new is compiled.
-    config, devices = self._parts.config, len(self._parts.devices)
-    at_once = num_sampled(config.behavior, config.train.num_queries, devices)
+    config = self._parts.config
+    at_once = num_sampled(config.behavior, config.train.num_queries)
     calls = min(len(examples) // max(1, at_once), POSTERIOR_CALLS)
     if at_once and calls:
       yield from posterior_quality(
