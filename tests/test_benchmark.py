@@ -23,7 +23,7 @@ SLIPS = {
   # name: (arguments, what the line must hold)
   "no config": (["gfn_jax.benchmark"], ["--config is missing"]),
   "an unknown sweep": ([*SMOKE, "--sweep=width"], ["width", "length", "samples", "queries", "model_size"]),
-  "no repeats": ([*SMOKE, "--repeats=0"], ["repeats", "1"]),
+  "no repeats": ([*SMOKE, "--repeats=0"], ["--repeats=0", "positive"]),
   "no folder": ([*SMOKE, "--output={}/nowhere/o.json"], ["{}/nowhere", "does not exist"]),
   "another method": ([*SMOKE, "--config.method=ppo"], ["config.method 'ppo'", "'gfn'"]),
   "a sweep that the config cannot follow": (
