@@ -132,6 +132,7 @@ def test_four_devices_make_the_run_of_one(runs, one):
   assert_same_run(runs / "four", one)
 
 
+@pytest.mark.slow
 def test_a_split_model_makes_the_run_of_a_whole_one(runs, one):
   """Sampled, scored, trained and tested as data 2 x model 2."""
   said = complete(runs, "split", 1, 4, "--config.mesh.model=2")
@@ -146,7 +147,8 @@ def test_two_processes_make_the_run_of_one(one, two):
   assert not [p for p in two.rglob("*") if ".tmp" in p.name or ".writable" in p.name]
 
 
-@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [1, 0])
 def test_a_death_ends_the_job_which_then_goes_on_to_the_same_bits(runs, two, victim):
   workdir = runs / f"killed{victim}"
   job = train(runs, workdir.name, 2, 2)
@@ -170,6 +172,7 @@ def test_a_death_ends_the_job_which_then_goes_on_to_the_same_bits(runs, two, vic
   assert accuracies(workdir) == accuracies(two)
 
 
+@pytest.mark.slow
 def test_sigterm_to_one_saves_on_all_and_one_process_goes_on(runs, two):
   workdir = runs / "preempted"
   job = train(runs, workdir.name, 2, 2)
@@ -190,6 +193,7 @@ def test_sigterm_to_one_saves_on_all_and_one_process_goes_on(runs, two):
   assert_same_run(workdir, two)
 
 
+@pytest.mark.slow
 def test_two_processes_go_on_with_the_run_of_one(runs, one):
   workdir = shutil.copytree(one, runs / "grown")
   (workdir / "results.json").unlink()

@@ -98,7 +98,7 @@ def tree_states(
   return jnp.concatenate([hidden, jnp.broadcast_to(root, (*hidden.shape[:-2], 1, hidden.shape[-1]))], axis=-2), kv
 
 
-def without_start(mask: Bool[np.ndarray, "Q P"], number: int) -> Bool[np.ndarray, "Q P"]:
+def without_start(mask: Bool[np.ndarray, "*lead P"], number: int) -> Bool[np.ndarray, "*lead P"]:
   """Prompts without their first `number` tokens: more of what is left-padded."""
   return mask & (mask.cumsum(-1) > number) if number else mask
 
