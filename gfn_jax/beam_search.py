@@ -16,7 +16,7 @@ import numpy as np
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_prompts
-from gfn_jax.parallel import Devices, over_data
+from gfn_jax.parallel import Devices, is_split, on_any_share, over_data
 from gfn_jax.policy import action_log_probs
 from gfn_jax.sampler import check_behavior
 from gfn_jax.types import Trajectory
@@ -103,6 +103,7 @@ def search(
   num_beams: int,
   num_groups: int,
   num_returned: int,
+  together: bool,
   params: dict,
   allowed_tokens: Bool[jax.Array, "V"],
   diversity_penalty: Float[jax.Array, ""],
@@ -110,7 +111,7 @@ def search(
   prompt_tokens: Int[jax.Array, "Q P"],
   prompt_mask: Bool[jax.Array, "Q P"],
 ) -> Hypotheses:
-  """`beam_search` on one device. Hypotheses [Q, K], ranked."""
+  """`beam_search` on one share of the data. Hypotheses [Q, K], ranked. `together`: as of `parallel.on_any_share`."""
   prefix = encode_prompts(config, params, None, prompt_tokens, prompt_mask)
   queries, size = len(prompt_tokens), num_beams // num_groups
   beams, slots = (queries, num_groups, size), jnp.arange(max_length)
@@ -188,7 +189,7 @@ def search(
   def can_improve(state: SearchState) -> jax.Array:
     """No score is above 0 and none rises, but for the length that divides it: whoever goes on can reach this bound."""
     bound = ended(state.running, state.running.score, max_length).score.max(-1)
-    return (state.step < max_length) & (bound > state.finished.score[..., -1]).any()
+    return (state.step < max_length) & on_any_share((bound > state.finished.score[..., -1]).any(), together)
 
   logits = output_logits(config, params, prefix.last_hidden)
   state = extend(start(), jnp.broadcast_to(logits[:, None], (queries, num_beams, logits.shape[-1])))
@@ -211,7 +212,9 @@ def _compiled(
   devices: tuple,
 ):
   """`search`."""
-  part = functools.partial(search, config, stop_token_id, max_length, min_length, num_beams, num_groups, num_returned)
+  part = functools.partial(
+    search, config, stop_token_id, max_length, min_length, num_beams, num_groups, num_returned, is_split(devices)
+  )
   return over_data(part, (None,) * 4 + (0,) * 2, devices)
 
 

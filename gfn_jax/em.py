@@ -9,7 +9,7 @@ A round is two runs of `train`, each of which can be interrupted and goes on:
 The evaluation after each M-step samples reasons from q and concludes with the fine-tuned LM.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import json
 import math
 import os
@@ -26,6 +26,7 @@ from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, grouped, place
+from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature, train
 
@@ -58,7 +59,9 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
   return step
 
 
-def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, output: pathlib.Path) -> int:
+def sample_rationales(
+  config: ml_collections.ConfigDict, adapter: pathlib.Path, output: pathlib.Path, on_round: Callable[[], None]
+) -> int:
   """Draws config.em.num_rationales Z a training query from q, at temperature 1, into JSON lines of X, Z, Y.
 
   Returns:
@@ -72,6 +75,7 @@ def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, 
     z = parts.sampler.draw(
       place(load_adapter(adapter, parts.pretrained), parts.devices), queries.prompt_tokens, queries.prompt_mask,
       num_samples=n, temperature=1.0, key=data.step_key(config.seed, data.SAMPLE, config.train.num_steps),
+      on_round=on_round,
     )  # fmt: skip
     rows = (task.decode(row[:length]) for row, length in zip(z.tokens.tolist(), z.length))
     records = [
@@ -84,7 +88,7 @@ def sample_rationales(config: ml_collections.ConfigDict, adapter: pathlib.Path, 
 
 
 def evaluate_pair(
-  config: ml_collections.ConfigDict, sampler: pathlib.Path, conclusions: pathlib.Path
+  config: ml_collections.ConfigDict, sampler: pathlib.Path, conclusions: pathlib.Path, on_round: Callable[[], None]
 ) -> dict[str, float]:
   """The test of q's reasons with the fine-tuned LM's conclusions: "subj/gfn_sft/accuracy/10", ..."""
   step = e_step(config, conclusions)
@@ -93,13 +97,18 @@ def evaluate_pair(
   parts, suite = build(step, jax.local_devices())
   lora = place(load_adapter(sampler, parts.pretrained), parts.devices)
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key)
+  results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key, on_round)
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
 
 def _read(path: pathlib.Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
   results = json.loads(path.read_text())
   return {k: v for k, v in results.items() if k.startswith(f"{config.task}/")}
+
+
+def _stopped() -> int:
+  print("SIGTERM: between the steps of a round; run the same command to go on", flush=True)
+  return EXIT_CODE
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -126,13 +135,22 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
       return code
     sampler = folder / "e" / "adapter"
     rationales = folder / "rationales.jsonl"
-    target_length = sample_rationales(expectation, sampler, rationales)
+    try:
+      with Preemption() as preemption:
+        target_length = sample_rationales(expectation, sampler, rationales, preemption.check)
+    except Preempted:
+      return _stopped()
     print(f"round {index + 1} of {config.em.num_rounds}, M-step", flush=True)
     maximisation = m_step(config, rationales, config.sampler.max_length + target_length)
     if code := train(maximisation.lock(), folder / "m"):
       return code
     adapter = folder / "m" / "adapter"
-    found = dict(_read(folder / "e" / "results.json", config)) | evaluate_pair(config, sampler, adapter)
+    try:
+      with Preemption() as preemption:
+        pair = evaluate_pair(config, sampler, adapter, preemption.check)
+    except Preempted:
+      return _stopped()
+    found = dict(_read(folder / "e" / "results.json", config)) | pair
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   if distributed.is_first():
     contract.write_results(workdir / "results.json", config, results, time.time() - started)

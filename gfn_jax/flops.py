@@ -111,7 +111,9 @@ def _jaxpr_flops(jaxpr: Jaxpr, while_trips: int) -> int:
       case "while":
         times = while_trips
       case "shard_map":
-        times = equation.params["mesh"].size
+        # Shapes in it are those of a share; axes that XLA partitions by itself have left them whole.
+        shape = equation.params["mesh"].shape
+        times = math.prod(shape[axis] for axis in equation.params["newly_manual_axes"])
       case _:
         times = 1
     total += times * sum(_jaxpr_flops(inner, while_trips) for inner in _inner(equation))

@@ -72,7 +72,8 @@ def make_layouts(
   Args:
     models: by name.
     devices: numbers or names of slices, as text.
-    model_parallel: "auto", the largest split that model and devices allow, or a number.
+    model_parallel: "auto", config.mesh.model or, where that is 1, the largest split that model and devices allow; or a
+      number.
     prompt_tokens: P.
 
   Raises:
@@ -92,12 +93,17 @@ def make_layouts(
           f"--devices={text}: seconds are known for config.method 'gfn' alone, not for {config.method!r}; name plain "
           f"numbers of devices, as in --devices={num_devices}, for its bytes"
         )
-      if model_parallel == "auto":
+      if model_parallel == "auto" and config.mesh.model == 1:
         num_model = largest_split(model, num_devices)
+      elif model_parallel == "auto" and num_devices % config.mesh.model == 0:
+        num_model = config.mesh.model
       elif model_parallel.isdecimal() and int(model_parallel) and num_devices % int(model_parallel) == 0:
         num_model = int(model_parallel)
       else:
-        raise ValueError(f"--model_parallel={model_parallel}: must be auto, or a divisor of the {num_devices} devices")
+        raise ValueError(
+          f"--model_parallel={model_parallel}, config.mesh.model {config.mesh.model}: must be auto, or divide the "
+          f"{num_devices} devices"
+        )
       if prompt_tokens + config.sampler.max_length > model.max_positions:
         raise ValueError(
           f"--prompt_tokens={prompt_tokens} and Z of {config.sampler.max_length} exceed the {model.max_positions} "

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -69,6 +70,18 @@ def over_data(
     check_vma=False,
   )  # fmt: skip
   return jax.jit(mapped, donate_argnums=donate_argnums)
+
+
+def on_any_share(flag: jax.Array, together: bool) -> jax.Array:
+  """Whether the flag is set, as the condition of a loop inside `over_data`.
+
+  Args:
+    together: on any share of the data: groups must make their trips through a loop together, since XLA may have all
+      devices meet in the collectives of its body. Otherwise each device goes by its own flag.
+  """
+  if not together or jax.lax.axis_size(DATA_AXIS) == 1:
+    return flag
+  return jax.lax.psum(flag.astype(jnp.int32), DATA_AXIS) > 0
 
 
 def place(tree: Any, devices: Devices) -> Any:

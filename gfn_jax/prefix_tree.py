@@ -122,7 +122,7 @@ def chains(tokens: Int[jax.Array, "B T"], num_queries: int) -> Trees:
   shape = (num_queries, samples)
   of_each = lambda x: jnp.broadcast_to(x, (*shape, *x.shape))  # noqa: E731
   nodes = jnp.arange(width)
-  way = jnp.roll(jnp.arange(width + 1), 1).at[0].set(width)  # the empty prefix is the root, the last node
+  way = jnp.roll(jnp.arange(width + 1), 1)  # the empty prefix is the root, the last node
   return Trees(
     tokens=tokens.reshape(*shape, width),
     parents=of_each(way[:-1]),

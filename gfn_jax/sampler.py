@@ -20,7 +20,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
-from gfn_jax.parallel import Devices, over_data
+from gfn_jax.parallel import Devices, is_split, on_any_share, over_data
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
@@ -137,6 +137,7 @@ def decode_round(
   top_k: int | None,
   top_p: float | None,
   some_greedy: bool,
+  together: bool,
   params: dict,
   lora: Lora | None,
   allowed_tokens: Bool[jax.Array, "V"],
@@ -148,7 +149,8 @@ def decode_round(
   """Decodes until no row is active.
 
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
-  that a temperature is 0: whoever needs neither argmax nor filter runs a program without them.
+  that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
+  `parallel.on_any_share`.
   """
   queries, samples, max_length = state.tokens.shape
   query_index, sample_index = jnp.arange(queries)[:, None], jnp.arange(samples)[None]
@@ -205,7 +207,7 @@ def decode_round(
       logits=jnp.where(writes[..., None], output_logits(config, params, hidden[..., 0, :]), state.logits),
     )
 
-  return jax.lax.while_loop(lambda s: s.active.any(), step, state)
+  return jax.lax.while_loop(lambda s: on_any_share(s.active.any(), together), step, state)
 
 
 # Compiled once a shape, however many samplers a process makes.
@@ -227,7 +229,8 @@ def _compiled_round(
   devices: tuple,
 ):
   """`decode_round`."""
-  part = functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy)
+  together = is_split(devices)
+  part = functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together)
   return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 

@@ -98,10 +98,18 @@ def test_devices_multiply():
   code = """
 import jax, jax.numpy as jnp
 from gfn_jax.flops import program_flops
-mapped = jax.pmap(lambda x, y: jax.lax.psum(x @ y, "data"), axis_name="data", in_axes=(0, None), out_axes=None)
+from gfn_jax.parallel import grouped, over_data
+mapped = jax.pmap(
+  lambda x, y: jax.lax.psum(x @ y, "data"), axis_name="data", in_axes=(0, None), out_axes=None,
+  devices=jax.local_devices()[:2],
+)
 print(program_flops(mapped, jnp.ones((2, 8, 8)), jnp.ones((8, 8))))
+
+groups = grouped(jax.local_devices(), 2)  # XLA shares a group's product between its devices
+shared = over_data(lambda x, y: x @ y, (0, None), groups)
+print(program_flops(shared, jnp.ones((2, 8, 8)), jnp.ones((8, 8))))
 """
-  assert int(run_python(code, devices=2)) == 2 * 2 * 8**3
+  assert run_python(code, devices=4).split() == [str(2 * 2 * 8**3)] * 2
 
 
 def test_a_decoding_step_reads_every_weight_and_the_keys_of_its_rows():

@@ -22,7 +22,8 @@ class Infills(Evaluator):
     super().__init__(parts, context, draws)
     c = parts.config.infill
     self._bert = None if c.bertscore_model is None else load_encoder(c.bertscore_model)
-    self._judge = None if c.judge_url is None else Judge(c.judge_url, c.judge_model, cache=c.judge_cache)
+    asks = c.judge_url is not None and distributed.is_first()  # it is paid for
+    self._judge = Judge(c.judge_url, c.judge_model, cache=c.judge_cache) if asks else None
 
   def __call__(
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -41,13 +42,13 @@ class Infills(Evaluator):
     if self._bert is not None:
       beside = [reference for reference in references for _ in range(n)]
       yield "bertscore", float(np.mean(bert_score(self._bert, texts, beside, num_layers=c.bertscore_layer).f1))
-    if self._judge is not None:
+    if c.judge_url is not None:
       shown = [
         "\n".join([*story.before, text, *story.after])
         for story, found in zip(examples, candidates)
         for text in found[: c.judge_samples]
       ]
-      ratings = self._judge.rate(shown) if distributed.is_first() else [None] * len(shown)  # it is paid for
+      ratings = self._judge.rate(shown) if self._judge is not None else [None] * len(shown)
       found = distributed.of_first(np.array([np.nan if r is None else r for r in ratings], np.float32))
       ratings = [None if np.isnan(r) else float(r) for r in found]
       yield "coherence_missing", sum(r is None for r in ratings) / len(ratings)
