@@ -58,7 +58,7 @@ def programs(config, model):
   start = functools.partial(sampler.start, model, t)
   begin = (params, lora, None, key, shape(q, p), shape(q, p, dtype=bool), shape(q, n))
   prefix, state = jax.eval_shape(start, *begin)
-  decode = functools.partial(sampler.decode_round, model, 0, 0, None, None, False)
+  decode = functools.partial(sampler.decode_round, model, 0, 0, None, None, False, False)
   context = sampler.KeyValues(*[shape(layers, heads, c, dim, dtype=jnp.float32)] * 2)
   tree = [shape(1, u)] * 3 + [shape(1, u + 1, u, dtype=bool), shape(1, u + 1)]
   score = functools.partial(rewards._score_trees, model, None)
