@@ -108,12 +108,11 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
     prompt if e.reward_prompt is None else task.encode_prompt(e.reward_prompt) or task.beginning()
     for e, prompt in zip(examples, prompts)
   ]
-  targets = [task.encode_after(e.target) for e in examples]
-  num_rivals = max((len(e.rivals) for e in examples), default=0)
-  rivals = [task.encode_after(r) for e in examples for r in (*e.rivals, *[""] * (num_rivals - len(e.rivals)))]
-  longest_rival = max(map(len, rivals), default=0)
-  for example, *both, target in zip(examples, prompts, reward_prompts, targets):
-    needed = max(len(target), longest_rival) + reserved
+  targets = [[task.encode_after(text) for text in (e.target, *e.rivals)] for e in examples]
+  num_targets = max(map(len, targets), default=1)
+  for example, *both, of_query in zip(examples, prompts, reward_prompts, targets):
+    needed = max(map(len, of_query)) + reserved
+    of_query += [[]] * (num_targets - len(of_query))
     for prompt in both:
       if not prompt:
         raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")
@@ -124,7 +123,6 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
         )
   rows = np.empty(len(examples), object)
   rows[:] = examples
-  split = lambda x: x.reshape(len(examples), num_rivals, x.shape[-1])  # noqa: E731
-  return Queries(
-    *pad_left(prompts), *pad_left(reward_prompts), *pad_right(targets), *map(split, pad_right(rivals)), rows
-  )
+  padded = pad_right([target for of_query in targets for target in of_query])
+  target_tokens, target_mask = (x.reshape(len(examples), num_targets, x.shape[-1]) for x in padded)
+  return Queries(*pad_left(prompts), *pad_left(reward_prompts), target_tokens, target_mask, rows)

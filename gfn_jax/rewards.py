@@ -44,12 +44,12 @@ def _score_trees(
   depths: jax.Array,  # [G, U]
   ancestors: jax.Array,  # [G, U + 1, U]
   branches: jax.Array,  # [G, M], the nodes to score
-  target_tokens: jax.Array,  # [G, Y]
+  target_tokens: jax.Array,  # [G, L, Y]
   target_mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), both [G, M], for G trees.
+  """log p(z_1:t | context, prompt), [G, M], and log p(target | context, prompt, z_1:t), [G, M, L], for G trees.
 
-  Where the target is empty, the stop token (unless it is None) ends the text, and its probability joins that of z.
+  Where the first target is empty, the stop token (unless it is None) ends the text: its probability joins that of z.
   """
   prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, context)
   hidden, kv = tree_states(config, params, lora, prefix, tokens, depths, ancestors)
@@ -63,26 +63,27 @@ def _score_trees(
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
   if stop_token_id is not None:
     log_p_stop = take(log_probs[..., stop_token_id], branches)
-    log_p_prefix += jnp.where(target_mask[:, :1], 0.0, log_p_stop)
+    log_p_prefix += jnp.where(target_mask[:, 0, :1], 0.0, log_p_stop)
 
-  # Branches: the trunk predicts the target's first token, the branch the others.
+  # Branches: the trunk predicts a target's first token, the branch the others.
   first = take(jax.nn.log_softmax(logits, axis=-1), branches[..., None])
-  log_p_target = jnp.take_along_axis(first, target_tokens[:, None, :1], axis=2)[..., 0]
-  log_p_target = jnp.where(target_mask[:, :1], log_p_target, 0.0)
-  if target_tokens.shape[1] > 1:
-    inputs = jnp.broadcast_to(target_tokens[:, None, :-1], (*branches.shape, target_tokens.shape[1] - 1))
+  log_p_target = jnp.take_along_axis(first, target_tokens[:, None, :, 0], axis=2)
+  log_p_target = jnp.where(target_mask[:, None, :, 0], log_p_target, 0.0)
+  (num_targets, n), num_branches = (target_tokens.shape[1], target_tokens.shape[2] - 1), branches.shape[1]
+  if n > 0:  # every target behind every node: [G, M * L, Y - 1]
+    behind = lambda x: jnp.tile(x, (1, num_branches, 1))  # noqa: E731
+    each = functools.partial(jnp.repeat, repeats=num_targets, axis=1)
     node_depths = jnp.pad(depths, ((0, 0), (0, 1)))
-    start = prefix.length[:, None] + take(node_depths, branches)
+    start = each(prefix.length[:, None] + take(node_depths, branches))
     positions = prefix.length[:, None] + depths - 1
-    segments = [*prefix.segments(2), Segment(kv, ways[:, :, None, :], positions[:, None, None])]
-    n = inputs.shape[-1]
+    segments = [*prefix.segments(2), Segment(kv, each(ways)[:, :, None, :], positions[:, None, None])]
     # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
-    target_positions = jnp.where(target_mask[:, None, :-1], start[..., None] + jnp.arange(n), 0)
+    target_positions = jnp.where(behind(target_mask[..., :-1]), start[..., None] + jnp.arange(n), 0)
+    inputs = behind(target_tokens[..., :-1])
     branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
     branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
-    wanted = jnp.broadcast_to(target_tokens[:, None, 1:], inputs.shape)
-    rest = jnp.take_along_axis(branch, wanted[..., None], axis=-1)[..., 0]
-    log_p_target += jnp.where(target_mask[:, None, 1:], rest, 0.0).sum(-1)
+    rest = jnp.take_along_axis(branch, behind(target_tokens[..., 1:])[..., None], axis=-1)[..., 0]
+    log_p_target += jnp.where(behind(target_mask[..., 1:]), rest, 0.0).sum(-1).reshape(log_p_target.shape)
   return log_p_prefix, log_p_target
 
 
@@ -149,17 +150,17 @@ class RewardModel:
     tokens: Int[np.ndarray, "B T"],
     length: Int[np.ndarray, "B"],
     terminable: Bool[np.ndarray, "B S"],
-    target_tokens: Int[np.ndarray, "Q Y"],
-    target_mask: Bool[np.ndarray, "Q Y"],
-  ) -> tuple[Float[np.ndarray, "B S"], Float[np.ndarray, "B S"]]:
-    """log p(z_1:t | context, X) and log p(Y | context, X, z_1:t), nats, untempered; 0 where not terminable.
+    target_tokens: Int[np.ndarray, "Q L Y"],
+    target_mask: Bool[np.ndarray, "Q L Y"],
+  ) -> tuple[Float[np.ndarray, "B S"], Float[np.ndarray, "B S L"]]:
+    """log p(z_1:t | context, X) and log p(Y | context, X, z_1:t) of each target Y, nats; 0 where not terminable.
 
-    For a query without Y they are log p(z_1:t stop | context, X), and 0.
+    For a query whose first target is empty they are log p(z_1:t stop | context, X), and 0. Untempered.
 
     Args:
       tokens, length: B = Q * N samples, grouped by query.
       terminable: the prefixes to score.
-      target_tokens, target_mask: Y, right-padded.
+      target_tokens, target_mask: right-padded; an empty target's log-probability is 0.
     """
     prompt_mask = without_start(prompt_mask, self._num_replaced)
     num_samples = len(tokens) // len(prompt_tokens)
@@ -184,7 +185,8 @@ class RewardModel:
         trees.append(_Tree(q, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
     trees.sort(key=lambda tree: -tree.size)  # trees of a call are padded to its largest
 
-    log_p_prefix, log_p_target = np.zeros(terminable.shape, np.float32), np.zeros(terminable.shape, np.float32)
+    log_p_prefix = np.zeros(terminable.shape, np.float32)
+    log_p_target = np.zeros((*terminable.shape, target_tokens.shape[1]), np.float32)
     of_query = (prompt_tokens, prompt_mask, target_tokens, target_mask)
     pending = []
     while trees:
@@ -192,13 +194,13 @@ class RewardModel:
       trees = trees[len(chunk) :]
       pending.append((chunk, self.score_trees(*arrays)))
     for chunk, results in pending:
-      prefixes, targets = (np.asarray(r).reshape(-1, r.shape[-1]) for r in results)
+      prefixes, targets = (np.asarray(r).reshape(-1, *r.shape[2:]) for r in results)
       for part, a, b in zip(chunk, prefixes, targets):
         wanted = terminable[part.rows]
         slot = np.zeros(len(part.tree) + 1, np.int64)
         slot[part.branches] = np.arange(len(part.branches))
         log_p_prefix[part.rows] = np.where(wanted, a[slot[part.tree.node_of]], 0.0)
-        log_p_target[part.rows] = np.where(wanted, b[slot[part.tree.node_of]], 0.0)
+        log_p_target[part.rows] = np.where(wanted[..., None], b[slot[part.tree.node_of]], 0.0)
     return log_p_prefix, log_p_target
 
   def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
@@ -209,7 +211,7 @@ class RewardModel:
     self, trees: list[_Tree], prompt_tokens, prompt_mask, target_tokens, target_mask
   ) -> tuple[list[_Tree], list[np.ndarray]]:
     """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
-    branch_tokens = max(1, target_tokens.shape[1] - 1)
+    branch_tokens = max(1, target_tokens.shape[1] * (target_tokens.shape[2] - 1))
     nodes = bucket(trees[0].size, smallest=32)
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
     fitting = max(1, limit // (nodes * branch_tokens))
@@ -279,24 +281,26 @@ class Reward:
     """log R of the prefixes that are `wanted`, 0 elsewhere, for B = Q * N samples grouped by query."""
     z, n = (tokens, length, wanted), len(tokens) // len(queries)
     prompt = queries.reward_prompt_tokens, queries.reward_prompt_mask
-    log_p_prefix, log_p_target = self.model(*prompt, *z, queries.target_tokens, queries.target_mask)
-    log_reward = self._alpha * log_p_prefix + log_p_target
+    log_p_prefix, log_p_target = self.model(*prompt, *z, *self.targets(queries))
+    log_reward = self._alpha * log_p_prefix + log_p_target[..., 0]
     if self._beta:
       prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
-      log_p_alone, _ = self.prior(
-        prior, np.ones(prior.shape, bool), *z, queries.target_tokens, np.zeros_like(queries.target_mask)
-      )
+      nothing = np.zeros((len(queries), 1, 1), np.int32)
+      log_p_alone, _ = self.prior(prior, np.ones(prior.shape, bool), *z, nothing, nothing.astype(bool))
       log_reward += self._beta * log_p_alone
     if self._rival_penalty:
-      beaten = np.zeros(wanted.shape, bool)
-      for rival, mask in zip(np.moveaxis(queries.rival_tokens, 1, 0), np.moveaxis(queries.rival_mask, 1, 0)):
-        exists = np.repeat(mask.any(-1), n)[:, None]
-        beaten |= exists & (self.model(*prompt, *z, rival, mask)[1] > log_p_target)
+      exists = np.repeat(queries.target_mask[:, 1:].any(-1), n, axis=0)[:, None]
+      beaten = (exists & (log_p_target[..., 1:] > log_p_target[..., :1])).any(-1)
       log_reward -= np.where(wanted & beaten, self._rival_penalty, 0.0)
     if self._log_constraint is not None:
       for row, t in zip(*np.nonzero(wanted)):
         log_reward[row, t] += self._log_constraint(queries.examples[row // n], tokens[row, :t].tolist())
     return log_reward
+
+  def targets(self, queries: Queries) -> tuple[Int[np.ndarray, "Q L Y"], Bool[np.ndarray, "Q L Y"]]:
+    """Tokens and mask of the targets that it scores: Y, and its rivals where they cost something."""
+    number = None if self._rival_penalty else 1
+    return queries.target_tokens[:, :number], queries.target_mask[:, :number]
 
 
 def whole_log_rewards(
@@ -337,11 +341,10 @@ def prefix_log_rewards(
   tokens, lengths = np.asarray(tokens, np.int32), np.asarray(lengths, np.int32)
   model = RewardModel(pretrained, context=np.asarray(context, np.int32), allowed_tokens=allowed_tokens)
   terminable = np.arange(tokens.shape[1] + 1) <= lengths[:, None]
-  one = lambda ids: np.asarray(ids, np.int32)[None]  # noqa: E731
   has_target = len(target) > 0
-  target_tokens = one(target) if has_target else np.zeros((1, 1), np.int32)
-  parts = model(
-    one(prompt), np.ones((1, len(prompt)), bool), tokens, lengths, terminable, target_tokens,
+  target_tokens = np.asarray([[target if has_target else [0]]], np.int32)
+  log_p_prefix, log_p_target = model(
+    np.asarray([prompt], np.int32), np.ones((1, len(prompt)), bool), tokens, lengths, terminable, target_tokens,
     np.full(target_tokens.shape, has_target),
   )  # fmt: skip
-  return parts[0] + parts[1]
+  return log_p_prefix + log_p_target[..., 0]

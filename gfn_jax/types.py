@@ -4,8 +4,9 @@
   P  prompt tokens (left-padded)                      T  generated tokens (right-padded)
   S  prefixes of a trajectory: S = T + 1, the empty one first. T and S are never mixed
   K  prefix trees of a query                          U  nodes of a tree
-  Y  target tokens                                    C  context tokens (demonstrations)
-  V  vocabulary                                       D  devices
+  Y  target tokens                                    L  targets of a query: Y itself, then its rivals
+  C  context tokens (demonstrations)                  V  vocabulary
+  D  devices
 
 Masks are bool and True keeps. Every `log_` quantity is in nats. Fields are arrays of NumPy or JAX.
 """
@@ -48,8 +49,7 @@ class Queries:
   Attributes:
     prompt_tokens, prompt_mask: [Q, P], left-padded; X as the policy reads it.
     reward_prompt_tokens, reward_prompt_mask: [Q, P'], left-padded; X as the reward reads it.
-    target_tokens, target_mask: [Q, Y], right-padded.
-    rival_tokens, rival_mask: [Q, R, Y'], right-padded; a query with fewer than R rivals has empty ones.
+    target_tokens, target_mask: [Q, L, Y], right-padded: Y, then its rivals; a query with fewer has empty ones.
     examples: [Q] of `Example`.
   """
 
@@ -59,8 +59,6 @@ class Queries:
   reward_prompt_mask: np.ndarray
   target_tokens: np.ndarray
   target_mask: np.ndarray
-  rival_tokens: np.ndarray
-  rival_mask: np.ndarray
   examples: np.ndarray
 
   def __len__(self) -> int:

@@ -14,7 +14,7 @@ from gfn_jax.benchmark import measure, sweep, tables, work
 from gfn_jax.benchmark.stopwatch import CompileLog, Stopwatch, in_place_of
 from gfn_jax.models import load_pretrained, logits, save_pretrained
 from gfn_jax.sampler import RolloutState
-from gfn_jax.types import Queries, Trajectory
+from gfn_jax.types import Trajectory
 from testing import assert_one_line, run_commands, tiny_pretrained
 
 SMOKE = ["gfn_jax.benchmark", "--config=configs/arith.py:smoke"]
@@ -123,19 +123,12 @@ def test_the_loss_counts_each_distinct_prefix_once():
 
 def test_rewards_count_each_distinct_prefix_once():
   context, max_length = 7, 4
-  prompts, targets = (2, 3), (3, 1)
+  prompts, targets = (2, 3), ((3, 2), (1, 0))
   tokens = np.array([[1, 2, 3, 0], [1, 2, 4, 5], [1, 2, 3, 0], [9, 9, 0, 0]], np.int32)
   length, chosen = np.array([3, 4, 3, 2], np.int32), np.ones((4, max_length), bool)
   chosen[1, 3] = False  # a tool's: stopping is not possible before it
   blank = np.zeros((4, max_length), np.float32)
   z = Trajectory(tokens, length, chosen, blank, np.zeros((4, max_length + 1), np.float32))
-  mask = lambda n, width: np.arange(width) < np.array(n)[:, None]  # noqa: E731
-  prompt_mask, target_mask = mask(prompts, 3), mask(targets, 3)
-  examples = np.array([None, None], object)
-  queries = Queries(
-    prompt_mask.astype(np.int32), prompt_mask, prompt_mask.astype(np.int32), prompt_mask,
-    target_mask.astype(np.int32), target_mask, np.zeros((2, 0, 0), np.int32), np.zeros((2, 0, 0), bool), examples,
-  )  # fmt: skip
   trunk_tokens = trunk_pairs = branch_tokens = branch_pairs = 0
   for q in range(2):
     prefixes, ends = set(), set()
@@ -148,12 +141,12 @@ def test_rewards_count_each_distinct_prefix_once():
     n, pairs = counted([(prompts[q], context)])
     trunk_tokens += n + len(prefixes - {()})
     trunk_pairs += pairs + sum(context + prompts[q] + len(p) for p in prefixes - {()})
-    n, pairs = counted([(targets[q] - 1, context + prompts[q] + len(p)) for p in ends])
+    n, pairs = counted([(max(y - 1, 0), context + prompts[q] + len(p)) for p in ends for y in targets[q]])
     branch_tokens, branch_pairs = branch_tokens + n, branch_pairs + pairs
-  trunk, branches = work.rewards(queries, z, context)
+  trunk, branches = work.rewards(np.array(prompts), np.array(targets), z, context)
   assert (trunk.tokens, trunk.pairs, trunk.outputs) == (trunk_tokens, trunk_pairs, trunk_tokens - 5 + 2)
   assert (branches.tokens, branches.pairs, branches.outputs) == (branch_tokens, branch_pairs, branch_tokens)
-  assert branch_tokens == 2 * 5  # four prefixes of the first three tokens, and one that the tool ended; Y of one: none
+  assert branch_tokens == (2 + 1) * 5  # four prefixes of three tokens, one that the tool ended; Y of one: none
 
 
 def test_trips_of_a_decoding_round():

@@ -64,11 +64,10 @@ def tempered_log_reward(every, temperature):
   model = RewardModel(
     base(), context=np.zeros(0, np.int32), allowed_tokens=allowed_tokens(base().config.vocab_size), stop_token_id=STOP
   )
-  prompt, nothing = np.array([PROMPT], np.int32), np.zeros((1, 1), np.int32)
+  prompt, nothing = np.array([PROMPT], np.int32), np.zeros((1, 1, 1), np.int32)
   examples = np.array([Example("", None, "", "")], object)
   queries = Queries(
-    prompt, np.ones(prompt.shape, bool), prompt, np.ones(prompt.shape, bool), nothing, nothing.astype(bool),
-    np.zeros((1, 0, 1), np.int32), np.zeros((1, 0, 1), bool), examples,
+    prompt, np.ones(prompt.shape, bool), prompt, np.ones(prompt.shape, bool), nothing, nothing.astype(bool), examples,
   )  # fmt: skip
   return whole_log_rewards(Reward(model), queries, every.tokens, every.length).astype(np.float64) / temperature
 

@@ -62,7 +62,7 @@ def programs(config, model):
   context = sampler.KeyValues(*[shape(layers, heads, c, dim, dtype=jnp.float32)] * 2)
   tree = [shape(1, u)] * 3 + [shape(1, u + 1, u, dtype=bool), shape(1, u + 1)]
   score = functools.partial(rewards._score_trees, model, None)
-  prompt, target = [shape(1, p), shape(1, p, dtype=bool)], [shape(1, y), shape(1, y, dtype=bool)]
+  prompt, target = [shape(1, p), shape(1, p, dtype=bool)], [shape(1, 1, y), shape(1, 1, y, dtype=bool)]
   return {
     "prefill": (start, begin, 1),
     "decode": (decode, (params, lora, vocabulary, vocabulary, prefix, shape(q, dtype=jnp.float32), state), t),

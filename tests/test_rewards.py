@@ -85,7 +85,9 @@ def test_golden_as_one_batch(golden, vocabulary):
   terminable = np.arange(tokens.shape[1] + 1) <= length[:, None]
   allowed = arrays["allowed_tokens"] if vocabulary == "allowed" else None
   model = RewardModel(pretrained, context=arrays["context"].astype(np.int32), allowed_tokens=allowed)
-  ours = np.sum(model(*pad_left(prompts), tokens, length, terminable, *pad_right(targets)), axis=0)
+  one_each = [x[:, None] for x in pad_right(targets)]
+  log_p_prefix, log_p_target = model(*pad_left(prompts), tokens, length, terminable, *one_each)
+  ours = log_p_prefix + log_p_target[..., 0]
   for case, row, n in zip(CASES, ours, length):
     theirs = arrays[f"{case}/log_reward_{vocabulary}_tokens"]
     np.testing.assert_allclose(row[: n + 1], theirs, rtol=0, atol=1e-4, err_msg=case)
@@ -167,14 +169,14 @@ QUERIES = (  # (prompt, target)
 
 
 def query_batch(vocab_size, num_samples, num_tokens=4, seed=3):
-  """Arguments of `RewardModel.__call__`: left-padded prompts, ragged targets, some prefixes that cannot stop."""
+  """Arguments of `RewardModel.__call__`: left-padded prompts, a ragged target each, some prefixes that cannot stop."""
   rng = np.random.default_rng(seed)
   rows = len(QUERIES) * num_samples
   tokens = rng.choice(rng.choice(vocab_size, 6, replace=False), (rows, num_tokens)).astype(np.int32)
   length = rng.integers(0, num_tokens + 1, rows).astype(np.int32)
   terminable = (np.arange(num_tokens + 1) <= length[:, None]) & (rng.random((rows, num_tokens + 1)) < 0.7)
   prompts, targets = zip(*QUERIES)
-  return *pad_left(prompts), tokens, length, terminable, *pad_right(targets)
+  return *pad_left(prompts), tokens, length, terminable, *(x[:, None] for x in pad_right(targets))
 
 
 def one_by_one(pretrained, context, batch, allowed=None):
@@ -186,6 +188,12 @@ def one_by_one(pretrained, context, batch, allowed=None):
     rows = slice(q * num_samples, (q + 1) * num_samples)
     expected[:, rows] = separate_passes(pretrained, context, prompt, tokens[rows], length[rows], target, allowed)
   return np.where(terminable, expected, 0.0)
+
+
+def scored(model, batch):
+  """What a `RewardModel` says of a `query_batch`, as `one_by_one` does."""
+  log_p_prefix, log_p_target = model(*batch)
+  return np.stack([log_p_prefix, log_p_target[..., 0]])
 
 
 @functools.cache
@@ -214,7 +222,7 @@ def test_several_queries(family, change, monkeypatch):
     monkeypatch.setattr(rewards, name, value)
   pretrained, allowed, batch, expected = several_queries(family)
   model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), allowed_tokens=allowed)
-  ours = np.stack(model(*batch))
+  ours = scored(model, batch)
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
 
@@ -234,7 +242,7 @@ def test_padding_may_reach_beyond_the_last_position():
   assert max(len(p) + len(t) for p, t in QUERIES) + 4 == 11 < 5 + 5 + 4
   expected = one_by_one(pretrained, [], batch)
   model = RewardModel(pretrained, context=np.zeros(0, np.int32))
-  np.testing.assert_allclose(np.stack(model(*batch)), expected, rtol=0, atol=1e-4)
+  np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
 
 
 # ---- The general form
@@ -345,14 +353,14 @@ ON_FOUR_DEVICES = """
 import json
 import jax, numpy as np
 from gfn_jax.rewards import RewardModel
-from test_rewards import CONTEXT, query_batch
+from test_rewards import CONTEXT, query_batch, scored
 from testing import tiny_pretrained
 
 assert jax.local_device_count() == 4
 pretrained = tiny_pretrained(seed=4)
 batch = query_batch(pretrained.config.vocab_size, num_samples=7)
 model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), devices=jax.local_devices())
-print(json.dumps([part.tolist() for part in model(*batch)]))
+print(json.dumps(scored(model, batch).tolist()))
 """
 
 
@@ -360,5 +368,5 @@ def test_four_devices_give_the_numbers_of_one():
   four = json.loads(run_python(ON_FOUR_DEVICES, devices=4).splitlines()[-1])
   pretrained = tiny_pretrained(seed=4)
   batch = query_batch(pretrained.config.vocab_size, num_samples=7)
-  one = RewardModel(pretrained, context=np.array(CONTEXT, np.int32))(*batch)
-  np.testing.assert_allclose(np.array(four), np.stack(one), rtol=0, atol=1e-5)
+  one = scored(RewardModel(pretrained, context=np.array(CONTEXT, np.int32)), batch)
+  np.testing.assert_allclose(np.array(four), one, rtol=0, atol=1e-5)

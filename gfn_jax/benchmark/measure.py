@@ -194,8 +194,11 @@ class PhaseTimer:
     parts, (ids, z) = self._run.parts, self._fresh
     if not isinstance(parts.reward, Reward):
       return
+    queries = self._run.collector.table[ids]
     context = len(parts.task.context_tokens(parts.config.reward.num_demonstrations))
-    for name, one in zip(("trunk", "branches"), work.rewards(self._run.collector.table[ids], z, context)):
+    _, target_mask = parts.reward.targets(queries)
+    passes = work.rewards(queries.reward_prompt_mask.sum(-1), target_mask.sum(-1), z, context)
+    for name, one in zip(("trunk", "branches"), passes):
       phase |= {f"flops_{name}": one.forward(parts.pretrained.config, None), f"tokens_{name}": float(one.tokens)}
       phase["flops_by_hand"] += phase[f"flops_{name}"]
 

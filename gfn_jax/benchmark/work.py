@@ -14,7 +14,7 @@ from gfn_jax.flops import backward_flops, forward_flops
 from gfn_jax.models import LoraConfig
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.prefix_tree import build_tree
-from gfn_jax.types import Queries, Trajectory
+from gfn_jax.types import Trajectory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,25 +70,29 @@ def prefixes(
   return total
 
 
-def rewards(queries: Queries, z: Trajectory, context: int) -> tuple[Pass, Pass]:
-  """Trunk, prompts included, and branches: Y behind every distinct prefix where stopping is possible.
+def rewards(
+  prompt_length: Int[np.ndarray, "Q"], target_length: Int[np.ndarray, "Q L"], z: Trajectory, context: int
+) -> tuple[Pass, Pass]:
+  """Trunk, prompts included, and branches: each target behind every distinct prefix where stopping is possible.
 
-  A prior p(Z) and rival targets are passes of their own, and are not counted.
+  A prior p(Z) is a pass of its own, and is not counted.
 
   Args:
-    queries: Q; z: B = Q * N samples of them.
+    prompt_length: of X as the reward reads it; target_length: of Y and the rivals that it scores; 0 for none.
+    z: B = Q * N samples.
     context: tokens before every prompt, whose keys and values are there already.
   """
-  prompt = queries.reward_prompt_mask.sum(-1)
-  trunk, branches, num_samples = prompts(prompt, before=context), Pass(), len(z.tokens) // len(queries)
+  trunk, branches = prompts(prompt_length, before=context), Pass()
+  num_samples = len(z.tokens) // len(prompt_length)
   terminable = z.terminable
-  for q, target in enumerate(queries.target_mask.sum(-1).tolist()):
+  for q, targets in enumerate(target_length):
     rows = slice(q * num_samples, (q + 1) * num_samples)
     tree = build_tree(z.tokens[rows], z.length[rows])
-    before, depths = context + int(prompt[q]), np.append(tree.depths, 0)
+    before, depths = context + int(prompt_length[q]), np.append(tree.depths, 0)
     trunk += Pass(len(tree.tokens), int((before + tree.depths).sum()), len(tree.tokens))
-    ends, n = np.unique(tree.node_of[terminable[rows]]), max(0, target - 1)  # the trunk scores Y's first token
-    branches += Pass(n * len(ends), int((n * (before + depths[ends]) + n * (n + 1) // 2).sum()), n * len(ends))
+    ends = np.unique(tree.node_of[terminable[rows]])
+    for n in (targets[targets > 0] - 1).tolist():  # the trunk scores a target's first token
+      branches += Pass(n * len(ends), int((n * (before + depths[ends]) + n * (n + 1) // 2).sum()), n * len(ends))
   return trunk, branches
 
 

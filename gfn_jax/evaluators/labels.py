@@ -57,25 +57,18 @@ class Reasons(Evaluator):
     parts, task = self._parts, self._parts.task
     examples, n = [e for kind in problems.values() for e in kind], parts.config.eval.num_votes
     reserved = parts.config.sampler.max_length + len(self._context)
-    tables = [
-      query_table(
-        [dataclasses.replace(e, target=task.target_of(label), rivals=()) for e in examples], task,
-        parts.pretrained.config.max_positions, reserved,
-      )
-      for label in task.labels
-    ]  # fmt: skip
+    first, *others = map(task.target_of, task.labels)
+    asked = [dataclasses.replace(e, target=first, rivals=tuple(others)) for e in examples]
+    t = query_table(asked, task, parts.pretrained.config.max_positions, reserved)
     z = self._draw(
-      lora, tables[0].prompt_tokens, tables[0].prompt_mask, num_samples=n,
-      temperature=parts.config.eval.temperature, key=key, on_round=on_round,
+      lora, t.prompt_tokens, t.prompt_mask, num_samples=n, temperature=parts.config.eval.temperature, key=key,
+      on_round=on_round,
     )  # fmt: skip
     whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
-    scores = []
-    for t in tables:
-      _, log_p = parts.reward.model(
-        t.reward_prompt_tokens, t.reward_prompt_mask, z.tokens, z.length, whole, t.target_tokens, t.target_mask
-      )
-      scores.append(np.where(whole, log_p, 0.0).sum(-1).reshape(len(examples), n))
-    log_p = np.stack(scores, axis=-1)
+    _, log_p = parts.reward.model(
+      t.reward_prompt_tokens, t.reward_prompt_mask, z.tokens, z.length, whole, t.target_tokens, t.target_mask
+    )
+    log_p = log_p[whole].reshape(len(examples), n, len(task.labels))
     right = np.array([task.labels.index(e.answer) for e in examples])
     shown = np.arange(min(SHOWN, len(examples)))
     queries = query_table([examples[i] for i in shown], task, parts.pretrained.config.max_positions, reserved)
@@ -133,13 +126,11 @@ class Direct(Evaluator):
     )  # fmt: skip
     nothing = np.zeros((len(examples), 1), np.int32), np.zeros(len(examples), np.int32)
     whole = np.tile([True, False], (len(examples), 1))
-    scores = []
-    for label in task.labels:
-      asked = [Example(e.prompt, None, task.direct_target(label), label) for e in examples]
-      t = query_table(asked, task, parts.pretrained.config.max_positions, len(self._context))
-      _, log_p = model(t.prompt_tokens, t.prompt_mask, *nothing, whole, t.target_tokens, t.target_mask)
-      scores.append(log_p[:, 0])
-    found = np.stack(scores, axis=-1).argmax(-1)
+    first, *others = map(task.direct_target, task.labels)
+    asked = [Example(e.prompt, None, first, e.answer, rivals=tuple(others)) for e in examples]
+    t = query_table(asked, task, parts.pretrained.config.max_positions, len(self._context))
+    _, log_p = model(t.prompt_tokens, t.prompt_mask, *nothing, whole, t.target_tokens, t.target_mask)
+    found = log_p[:, 0].argmax(-1)
     self.samples = [{"X": e.prompt, "Z": task.labels[i], "Y": e.answer} for e, i in zip(examples[:SHOWN], found)]
     yield f"accuracy/{parts.config.subj.num_labels}", float(
       np.mean([task.labels[i] == e.answer for e, i in zip(examples, found)])
