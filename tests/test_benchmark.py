@@ -258,7 +258,7 @@ def test_a_sweep_grows_one_size(monkeypatch, tmp_path, kind, sizes):
     next(sweep.sweep(config, kind, 1, tmp_path))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow)])
 def test_models_of_a_sweep_grow_in_width(monkeypatch, tmp_path, family):
   save_pretrained(tmp_path / "base", tiny_pretrained(family=family))
   config = arith.get_config("smoke")

@@ -127,7 +127,11 @@ def distance(tree, target):
   return total_variation(exact, target)
 
 
-@pytest.mark.parametrize("variant", ({}, {"min_length": 2}, {"with_tool": True}), ids=("plain", "min_length", "tool"))
+@pytest.mark.parametrize(
+  "variant",
+  ({}, *(pytest.param(v, marks=pytest.mark.slow) for v in ({"min_length": 2}, {"with_tool": True}))),
+  ids=("plain", "min_length", "tool"),
+)
 def test_subtb_learns_the_posterior(variant):
   """Under min_length short Z are never sampled, yet q gives them their share: every prefix is in the loss.
 

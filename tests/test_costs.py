@@ -149,6 +149,7 @@ print(json.dumps(found))
 """
 
 
+@pytest.mark.slow
 def test_a_split_step_is_what_xla_makes_of_it():
   found = json.loads(run_python(SPLIT, devices=4))
   for family, xla in found.items():

@@ -127,6 +127,7 @@ def two(runs):
   return runs / "two"
 
 
+@pytest.mark.slow
 def test_four_devices_make_the_run_of_one(runs, one):
   complete(runs, "four", 1, 4)
   assert_same_run(runs / "four", one)
@@ -140,6 +141,7 @@ def test_a_split_model_makes_the_run_of_a_whole_one(runs, one):
   assert_same_run(runs / "split", one)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(one, two):
   assert_same_run(two, one)
   assert len(json.loads((two / "config.json").read_text())["devices"]) == 4

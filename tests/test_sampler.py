@@ -338,6 +338,7 @@ for seed in range(4):
 """
 
 
+@pytest.mark.slow
 def test_two_groups_of_devices_draw_the_rows_of_one():
   """GPT-2's fused projection is cut across heads: what mends that is a collective of all devices, in every trip."""
   longest = run_python(ON_GROUPS, devices=4).split("\n")[:4]

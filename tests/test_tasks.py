@@ -49,24 +49,27 @@ RUNS = {  # name -> (arguments, result keys that must be there, plots beside log
 }
 
 
+FAST = ("rng", "jsonl")
+
+
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-  """Workdirs by name, with what each run printed."""
+def run(tmp_path_factory):
+  """A run's name and arguments -> its workdir and what it printed. Made when it is asked for, and again each time."""
   folder = tmp_path_factory.mktemp("runs")
-  data = f"--config.data.dir={folder}/tfds"
-  commands = [["gfn_jax.main", *arguments, data, f"--workdir={folder}/{n}"] for n, (arguments, *_) in RUNS.items()]
-  commands.append(["gfn_jax.main", "--config=configs/subj.py:smoke", data, f"--workdir={folder}/subj"])
-  commands.append(commands[-1])  # a finished run says so
-  results = run_commands(commands)
-  for command, (code, _, stderr) in zip(commands, results):
+
+  def run(name, arguments):
+    command = ["gfn_jax.main", *arguments, f"--config.data.dir={folder}/tfds", f"--workdir={folder}/{name}"]
+    ((code, out, stderr),) = run_commands([command])
     assert code == 0, f"{command}\n{stderr}"
-  return {n: (folder / n, out) for n, (_, out, _) in zip([*RUNS, "subj", "subj_again"], results)}
+    return folder / name, out
+
+  return run
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_the_contracts_files_are_there(runs, name):
-  workdir, out = runs[name]
-  _, keys, plots = RUNS[name]
+@pytest.mark.parametrize("name", [n if n in FAST else pytest.param(n, marks=pytest.mark.slow) for n in RUNS])
+def test_the_contracts_files_are_there(run, name):
+  arguments, keys, plots = RUNS[name]
+  workdir, out = run(name, arguments)
   results = json.loads((workdir / "results.json").read_text())
   assert [k for k in keys if k not in results] == []
   assert all(np.isfinite(v) for v in results.values() if isinstance(v, float))
@@ -78,10 +81,20 @@ def test_the_contracts_files_are_there(runs, name):
   assert adapter.config.rank == fields["lora.rank"]
   assert "R(Z) = " in (workdir / "adapter" / "README.md").read_text()
   assert f"| {keys[0].partition('/')[0]} " in out  # the table
+  if name == "arith_sft":
+    check_supervised_fine_tuning(workdir, out)
 
 
-def test_a_round_of_expectation_maximisation(runs):
-  workdir, out = runs["subj"]
+def check_supervised_fine_tuning(workdir, out):
+  """Its metrics, and the best of its evaluations."""
+  steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
+  assert steps and not any("log_reward_mean" in r for r in steps)
+  assert "best evaluation was after step" in out
+  assert (workdir / "best" / "adapter_model.safetensors").exists()
+
+
+def test_a_round_of_expectation_maximisation(run):
+  workdir, out = run("subj", ["--config=configs/subj.py:smoke"])
   results = json.loads((workdir / "results.json").read_text())
   for method in ("gfn", "gfn_sft", "base", "zero_shot", "4_shot"):
     assert 0 <= results[f"subj/{method}/accuracy/4"] <= 1
@@ -96,12 +109,4 @@ def test_a_round_of_expectation_maximisation(runs):
     assert max(np.abs(x["lora_b"]).max() for x in lora.params["layers"].values()) > 0
   shares = [r for r in read_jsonl(workdir / "round0" / "e" / "samples.jsonl") if "share" in r]
   assert shares and all(0 < r["share"] <= 1 for r in shares)
-  assert "finished already" in runs["subj_again"][1]
-
-
-def test_the_metrics_of_supervised_fine_tuning(runs):
-  workdir, out = runs["arith_sft"]
-  steps = [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
-  assert steps and not any("log_reward_mean" in r for r in steps)
-  assert "best evaluation was after step" in out
-  assert (workdir / "best" / "adapter_model.safetensors").exists()
+  assert "finished already" in run("subj", ["--config=configs/subj.py:smoke"])[1]

@@ -494,6 +494,7 @@ for loss in layouts:
 )
 
 
+@pytest.mark.slow
 def test_devices_and_micro_batches_do_not_change_the_step():
   out = run_python(TRAIN_STEP, devices=4, timeout=900)
   assert [line.split()[0] for line in out.splitlines()] == ["subtb", "tb"]
