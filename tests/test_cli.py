@@ -99,6 +99,10 @@ CASES = {
   "model folder without config": ([SMOKE, "--config.model.name={}/empty"], ["{}/empty", "config.json"]),
   "model folder without weights": ([SMOKE, "--config.model.name={}/hollow"], ["{}/hollow", "model.safetensors"]),
   "damaged weights": ([SMOKE, "--config.model.name={}/damaged"], ["{}/damaged/model.safetensors", "damaged"]),
+  "no test problems": (
+    ["--config=configs/next_sentence.py:smoke", "--config.next_sentence.num_test=0"],
+    ["'next_sentence'", "no test problems"],
+  ),
   "unknown task": ([SMOKE, "--config.task=chess"], ["'chess'", "choose from arith"]),
   "unknown LoRA target": ([SMOKE, "--config.lora.targets=('q_prj',)"], ["q_prj", "q_proj"]),
   "adapter of another rank": ([SMOKE, "--config.lora.init_from={}/adapter"], ["config.lora.rank is 16", "{}/adapter"]),

@@ -49,6 +49,8 @@ class Suite:
         raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
+    if not any(self._test.values()):
+      raise ValueError(f"the task {task.name!r} has no test problems: its data leave none")
     shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
     empty = [k for k in config.eval.shots if not task.context_tokens(k)]
     if empty:
