@@ -216,7 +216,8 @@ class RewardModel:
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
     fitting = max(1, limit // (nodes * branch_tokens))
     needed = -(-len(trees) // len(self._devices))
-    per_device = min(1 << (fitting.bit_length() - 1), 1 << (needed - 1).bit_length())
+    # Few numbers, each a program to compile, and little that only fills a call up.
+    per_device = min(1 << (fitting.bit_length() - 1), needed if needed < 8 else bucket(needed, smallest=8))
     chunk = trees[: per_device * len(self._devices)]
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)
