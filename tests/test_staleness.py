@@ -1,0 +1,149 @@
+"""config.train.max_staleness 1: whose samples a step learns from, in what order work is given out, and going on exactly."""
+
+import signal
+
+import pytest
+
+from configs import arith
+from gfn_jax.config import validate
+from gfn_jax.em import m_step
+from test_config import config_with
+from test_multiprocess import assert_same_run, complete, finish, records, train, wait_for
+from testing import run_python
+
+STALE = "--config.train.max_staleness=1"
+ADAPTER = "adapter/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+  "fields, named",
+  (
+    ({"train__max_staleness": 2}, ["config.train.max_staleness 2", "choose from 0, 1"]),
+    ({"train__max_staleness": -1}, ["config.train.max_staleness -1", "choose from 0, 1"]),
+    *(
+      ({"train__max_staleness": 1, "method": method}, ["config.train.max_staleness 1", "'gfn'", repr(method), "be 0"])
+      for method in ("sft", "ppo", "grpo")
+    ),
+  ),
+)
+def test_where_it_cannot_hold_it_is_refused_in_one_line(fields, named):
+  with pytest.raises(ValueError) as refused:
+    validate(config_with(**fields), 1)
+  assert "\n" not in str(refused.value)
+  for part in named:
+    assert part in str(refused.value)
+
+
+def test_the_m_step_of_such_a_run_has_none(tmp_path):
+  config = arith.get_config("smoke")
+  config.train.max_staleness, config.em.num_rounds = 1, 1
+  validate(config, 1)
+  validate(m_step(config, tmp_path / "rationales.jsonl", 24), 1)
+
+
+STEPS = """
+import dataclasses, pathlib, tempfile
+import jax, numpy as np
+from configs import arith
+from gfn_jax import data
+from gfn_jax.checkpoint import Checkpoints
+from gfn_jax.collect import Collector
+from gfn_jax.train import set_up
+from gfn_jax.types import LaggedState, TrainState
+
+NUM_STEPS = 4
+host = lambda tree: jax.tree.map(np.array, tree)
+
+def assert_same(ours, theirs):
+  ours, theirs = jax.tree.leaves(host(ours)), jax.tree.leaves(host(theirs))
+  assert len(ours) == len(theirs) > 0
+  for mine, other in zip(ours, theirs):
+    np.testing.assert_array_equal(mine, other)
+
+config = arith.get_config("smoke")
+config.train.max_staleness, config.data.dir = 1, DATA
+run, state = set_up(config)
+assert isinstance(state, LaggedState)
+start = host(state)
+assert_same(start.previous_lora, start.trained["lora"])
+
+def fresh_run():
+  # The run from its beginning, without compiling anything again.
+  collector = Collector(run.parts, run.collector.table)
+  collector.seed_replay()
+  return dataclasses.replace(run, collector=collector), jax.device_put(start, run.shardings)
+
+# 1. Step k is sampled by the adapter that step k - 1 started from: the same as a plain loop that keeps all adapters.
+def plain_loop(staleness):
+  own, state = fresh_run()
+  state = TrainState(state.step, state.trained, state.opt_state)
+  adapters, found = [], []
+  for step in range(NUM_STEPS):
+    adapters.append(host(state.trained["lora"]))
+    sampler = {"lora": adapters[max(0, step - staleness)]}
+    batch, sampled = own.collector(sampler, step, data.step_key(config.seed, data.SAMPLE, step))
+    state, metrics = own._update(state, step, batch)
+    found.append((host(batch), host(metrics), sampled))
+  return adapters, host(state), found, own.collector.to_arrays()
+
+adapters, last, found, buffer = plain_loop(1)
+events, batches = [], []
+own, state = fresh_run()
+
+class Recorder:
+  # A collector whose calls are noted.
+  def __getattr__(self, name):
+    def call(*args):
+      step = args[1] if name == "begin" else args[0].step
+      events.append((name, step))
+      result = getattr(own.collector, name)(*args)
+      if name == "batch":
+        batches.append(host(result[0]))
+      return result
+    return call
+
+def update(*args):
+  events.append(("update", int(args[4].step)))
+  return own.update(*args)
+
+noted, states = dataclasses.replace(own, collector=Recorder(), update=update), []
+for (state, metrics, sampled), (batch, their_metrics, their_sampled) in zip(
+  noted.steps(state, range(NUM_STEPS)), found, strict=True
+):
+  assert_same(metrics, their_metrics)
+  assert_same(batches[-1], batch)
+  assert {k: v for k, v in sampled.items() if k != "reward_temperature"} == their_sampled
+  assert_same(state.previous_lora, adapters[int(state.step) - 1])
+  states.append((host(state), own.collector.to_arrays()))
+assert_same(TrainState(state.step, state.trained, state.opt_state), last)
+assert_same(own.collector.to_arrays(), buffer)
+current = plain_loop(0)[2]
+assert_same(found[0], current[0])  # nothing is older than the first adapter, which makes the first two steps' samples ...
+tokens = lambda steps: [batch.tokens for batch, _, _ in steps]
+assert any((mine != other).any() for mine, other in zip(tokens(found)[1:], tokens(current)[1:]))  # ... not the rest's
+
+# 2. The next step's samples are sent for before the update, and waited for after it.
+expected = [("begin", 0)]
+for step in range(NUM_STEPS):
+  following = [("begin", step + 1)] if step + 1 < NUM_STEPS else []
+  expected += [("finish", step), *following, ("batch", step), ("update", step)]
+assert events == expected, events
+
+# 3. From a checkpoint of any step the run goes on to the same bits.
+for made in range(1, NUM_STEPS):
+  checkpoints = Checkpoints(pathlib.Path(tempfile.mkdtemp()), None)
+  checkpoints.save(made, *states[made - 1])
+  checkpoints.wait()
+  step, restored, arrays = checkpoints.restore(start)
+  checkpoints.close()
+  again, _ = fresh_run()
+  again.collector.restore(arrays)
+  *_, (state, _, _) = again.steps(jax.device_put(restored, run.shardings), range(step, NUM_STEPS))
+  assert_same(state, states[-1][0])
+  assert_same(again.collector.to_arrays(), buffer)
+print("done")
+"""
+
+
+def test_a_step_learns_from_the_adapter_before_the_last_update_and_the_run_goes_on_exactly(tmp_path):
+  assert run_python(f"DATA = {str(tmp_path)!r}\n{STEPS}", timeout=900).endswith("done\n")
