@@ -98,20 +98,21 @@ class RolloutState:
   keys: Any
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Rollout:
   """Samples on their way: the devices have been given the first round, and nobody has waited for it.
 
   Attributes:
     num_queries: Q, of all processes.
-    lora, prefix, temperature, state: what rounds take; q of the queries on each of D devices.
+    lora, prefix, temperature, state: what rounds take; q of the queries on each of D devices. prefix and state, which
+      hold the caches, are None once the rollout is finished.
   """
 
   num_queries: int
   lora: Lora | None
-  prefix: Prefix
+  prefix: Prefix | None
   temperature: np.ndarray
-  state: RolloutState
+  state: RolloutState | None
 
 
 def start(
@@ -361,7 +362,8 @@ class Sampler:
 
   def finish(self, rollout: Rollout, on_round: Callable[[], None] | None = None) -> Trajectory:
     """The second half: the other rounds, and the samples. A rollout can be finished once."""
-    state, alone = rollout.state, jax.process_count() == 1
+    prefix, state, alone = rollout.prefix, rollout.state, jax.process_count() == 1
+    rollout.prefix = rollout.state = None  # whoever still holds the rollout holds no caches
     while True:
       if on_round is not None and alone:
         on_round()
@@ -370,7 +372,7 @@ class Sampler:
         break
       forced = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
       state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
-      state = self.decode(rollout.lora, rollout.prefix, rollout.temperature, state)
+      state = self.decode(rollout.lora, prefix, rollout.temperature, state)
     fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
     rows = (np.asarray(x).reshape(-1, *x.shape[3:]) for x in fields)
     own, num_samples = distributed.share(rollout.num_queries), waiting.shape[-1]

@@ -1,4 +1,4 @@
-"""config.train.max_staleness 1: whose samples a step learns from, in what order work is given out, and going on exactly."""
+"""config.train.max_staleness 1: whose samples a step learns from, in what order work is given out, exact resuming."""
 
 import signal
 
@@ -10,6 +10,8 @@ from gfn_jax.em import m_step
 from test_config import config_with
 from test_multiprocess import assert_same_run, complete, finish, records, train, wait_for
 from testing import run_python
+
+pytestmark = pytest.mark.timeout(2700)
 
 STALE = "--config.train.max_staleness=1"
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -117,10 +119,11 @@ for (state, metrics, sampled), (batch, their_metrics, their_sampled) in zip(
   states.append((host(state), own.collector.to_arrays()))
 assert_same(TrainState(state.step, state.trained, state.opt_state), last)
 assert_same(own.collector.to_arrays(), buffer)
+# The loop of staleness 0 has the same first step, and then other samples.
 current = plain_loop(0)[2]
-assert_same(found[0], current[0])  # nothing is older than the first adapter, which makes the first two steps' samples ...
+assert_same(found[0], current[0])
 tokens = lambda steps: [batch.tokens for batch, _, _ in steps]
-assert any((mine != other).any() for mine, other in zip(tokens(found)[1:], tokens(current)[1:]))  # ... not the rest's
+assert any((mine != other).any() for mine, other in zip(tokens(found)[1:], tokens(current)[1:]))
 
 # 2. The next step's samples are sent for before the update, and waited for after it.
 expected = [("begin", 0)]
@@ -147,3 +150,43 @@ print("done")
 
 def test_a_step_learns_from_the_adapter_before_the_last_update_and_the_run_goes_on_exactly(tmp_path):
   assert run_python(f"DATA = {str(tmp_path)!r}\n{STEPS}", timeout=900).endswith("done\n")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+  return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def stale(runs):
+  """A run on one device."""
+  complete(runs, "stale", 1, 1, STALE)
+  return runs / "stale"
+
+
+@pytest.mark.slow
+def test_after_sigterm_and_kill_the_run_ends_with_the_same_bits(runs, stale):
+  job = train(runs, "killed", 1, 1, STALE)
+  for line in job[0].stdout:
+    if line.startswith("step 1/"):  # printed while a later step runs
+      job[0].send_signal(signal.SIGTERM)
+      break
+  ((code, out, err),) = finish(job)
+  assert code == 143 and "SIGTERM: saved after step" in out, out + err
+  job = train(runs, "killed", 1, 1, STALE)
+  wait_for(runs / "killed" / "checkpoints" / "4" / "commit_success.txt", job)
+  job[0].kill()
+  finish(job)
+  (runs / "killed" / "results.json").unlink(missing_ok=True)  # it was not killed in time
+  said = complete(runs, "killed", 1, 1, STALE)
+  assert "steps     0 of" not in said
+  assert (runs / "killed" / ADAPTER).read_bytes() == (stale / ADAPTER).read_bytes()
+  assert records(runs / "killed") == records(stale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes, devices, fields", ((1, 2, ["--config.mesh.model=2"]), (2, 2, [])))
+def test_devices_and_processes_do_not_change_such_a_run(runs, stale, processes, devices, fields):
+  workdir = f"stale-{processes}-{devices}"
+  complete(runs, workdir, processes, devices, STALE, *fields)
+  assert_same_run(runs / workdir, stale)
