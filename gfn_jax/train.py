@@ -159,16 +159,16 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   collector = COLLECTORS[config.method](parts, table)
   trained = initial_trained(config, model, lora, len(task.examples))
   optimizer = make_optimizer(config)
-  state = updated = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+  state = bare = TrainState(jnp.int32(0), trained, optimizer.init(trained))
   if config.train.max_staleness:
-    state = LaggedState(**vars(state), previous_lora=jax.tree.map(jnp.copy, lora))
+    state = LaggedState(**vars(bare), previous_lora=jax.tree.map(jnp.copy, lora))
   everywhere = all_devices()
   settings = step_settings(config, model, task.stop_token_id, len(grouped(everywhere, config.mesh.model)))
   update = functools.partial(train_step, settings, optimizer)
   if is_split(devices):
     mesh = mesh_of(devices)
     shardings = tree_shardings(model, mesh, state)
-    update, share = map_step(update, mesh, tree_shardings(model, mesh, updated)), lambda batch: batch
+    update, share = map_step(update, mesh, tree_shardings(model, mesh, bare)), lambda batch: batch
   else:
     shardings, share = replicated(devices), functools.partial(split, devices=devices)
     update = jax.pmap(

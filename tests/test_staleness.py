@@ -53,7 +53,7 @@ from gfn_jax.collect import Collector
 from gfn_jax.train import set_up
 from gfn_jax.types import LaggedState, TrainState
 
-NUM_STEPS = 4
+NUM_STEPS = 3
 host = lambda tree: jax.tree.map(np.array, tree)
 
 def assert_same(ours, theirs):
@@ -75,21 +75,24 @@ def fresh_run():
   collector.seed_replay()
   return dataclasses.replace(run, collector=collector), jax.device_put(start, run.shardings)
 
-# 1. Step k is sampled by the adapter that step k - 1 started from: the same as a plain loop that keeps all adapters.
-def plain_loop(staleness):
-  own, state = fresh_run()
-  state = TrainState(state.step, state.trained, state.opt_state)
-  adapters, found = [], []
-  for step in range(NUM_STEPS):
-    adapters.append(host(state.trained["lora"]))
-    sampler = {"lora": adapters[max(0, step - staleness)]}
-    batch, sampled = own.collector(sampler, step, data.step_key(config.seed, data.SAMPLE, step))
-    state, metrics = own._update(state, step, batch)
-    found.append((host(batch), host(metrics), sampled))
-  return adapters, host(state), found, own.collector.to_arrays()
+# 1. A plain loop that keeps all adapters: step k is sampled by the one that step k - 1 started from.
+own, state = fresh_run()
+state = TrainState(state.step, state.trained, state.opt_state)
+adapters, found = [], []
+for step in range(NUM_STEPS):
+  adapters.append(host(state.trained["lora"]))
+  key = data.step_key(config.seed, data.SAMPLE, step)
+  draft = own.collector.begin(adapters[max(0, step - 1)], step, key)
+  current = run.parts.sampler.finish(own.collector.begin(adapters[step], step, key).rollout)
+  samples = own.collector.finish(draft)
+  assert (current.log_pf == samples[0].log_pf).all() == (step == 0)  # samples tell whose they are
+  batch, sampled = own.collector.batch(draft, samples)
+  state, metrics = own._update(state, step, batch)
+  found.append((host(batch), host(metrics), sampled, samples[0]))
+last, buffer = host(state), own.collector.to_arrays()
 
-adapters, last, found, buffer = plain_loop(1)
-events, batches = [], []
+# The run's own steps are these.
+events, batches, drawn = [], [], []
 own, state = fresh_run()
 
 class Recorder:
@@ -101,6 +104,8 @@ class Recorder:
       result = getattr(own.collector, name)(*args)
       if name == "batch":
         batches.append(host(result[0]))
+      if name == "finish":
+        drawn.append(result[0])
       return result
     return call
 
@@ -109,21 +114,17 @@ def update(*args):
   return own.update(*args)
 
 noted, states = dataclasses.replace(own, collector=Recorder(), update=update), []
-for (state, metrics, sampled), (batch, their_metrics, their_sampled) in zip(
+for (state, metrics, sampled), (batch, their_metrics, their_sampled, z) in zip(
   noted.steps(state, range(NUM_STEPS)), found, strict=True
 ):
   assert_same(metrics, their_metrics)
   assert_same(batches[-1], batch)
+  assert_same(drawn[-1], z)
   assert {k: v for k, v in sampled.items() if k != "reward_temperature"} == their_sampled
   assert_same(state.previous_lora, adapters[int(state.step) - 1])
   states.append((host(state), own.collector.to_arrays()))
 assert_same(TrainState(state.step, state.trained, state.opt_state), last)
 assert_same(own.collector.to_arrays(), buffer)
-# The loop of staleness 0 has the same first step, and then other samples.
-current = plain_loop(0)[2]
-assert_same(found[0], current[0])
-tokens = lambda steps: [batch.tokens for batch, _, _ in steps]
-assert any((mine != other).any() for mine, other in zip(tokens(found)[1:], tokens(current)[1:]))
 
 # 2. The next step's samples are sent for before the update, and waited for after it.
 expected = [("begin", 0)]
