@@ -64,6 +64,8 @@ def assert_same(ours, theirs):
 
 config = arith.get_config("smoke")
 config.train.max_staleness, config.data.dir = 1, DATA
+# Trees of one size: one update to compile. No demonstration fits, so the buffer fills with samples.
+config.sampler.num_samples, config.sampler.max_length = 1, 8
 run, state = set_up(config)
 assert isinstance(state, LaggedState)
 start = host(state)
