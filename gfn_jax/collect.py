@@ -9,12 +9,30 @@ import numpy as np
 
 from gfn_jax import data
 from gfn_jax.config import num_micro_batches
+from gfn_jax.models import Lora
 from gfn_jax.prefix_tree import build_trees
 from gfn_jax.replay import ReplayBuffer
+from gfn_jax.sampler import Rollout
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
 SAMPLES_PER_TREE = 8  # of the loss: attention within a tree is quadratic in its nodes, and its gradient keeps it all
 MIN_PROMPTS = 8  # of a supervised step, where as many rows allow it
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+  """A step whose samples are on their way.
+
+  Attributes:
+    step: its number; plan: of its queries.
+    fresh: int [F], the queries of the plan that are sampled; the others are replayed.
+    rollout: of the fresh ones; None where there are none.
+  """
+
+  step: int
+  plan: data.StepPlan
+  fresh: np.ndarray
+  rollout: Rollout | None
 
 
 class Collector:
@@ -115,32 +133,51 @@ class Collector:
     self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> tuple[Batch, dict[str, float]]:
     """The step's batch, sampled by the adapter in `trained`, and metrics of its fresh samples. Fills the buffer."""
-    config, n = self._config, self._config.sampler.num_samples
+    draft = self.begin(trained["lora"], step, key)
+    return self.batch(draft, self.finish(draft, on_round))
+
+  def begin(self, lora: Lora, step: int, key: jax.Array) -> Draft:
+    """Sends for the step's samples, and waits for nothing. The buffer must hold what the steps before it found."""
+    config = self._config
     plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, self._behavior)
     replayed = np.array(
       [from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)]
     )
     fresh = np.flatnonzero(~replayed)
-    t = config.sampler.max_length
+    return Draft(step, plan, fresh, self._begin(lora, plan, fresh, key) if len(fresh) else None)
+
+  def finish(self, draft: Draft, on_round: Callable[[], None] | None = None) -> tuple[Trajectory, np.ndarray] | None:
+    """The fresh samples with their log R [B, S], which go into the buffer too; None where all is replayed."""
+    if draft.rollout is None:
+      return None
+    plan, fresh, n = draft.plan, draft.fresh, self._config.sampler.num_samples
+    z, log_reward = self._finish(draft.rollout, plan, fresh, on_round)
+    for j, q in enumerate(plan.query_ids[fresh]):
+      at = slice(j * n, (j + 1) * n)
+      self.replay.add(int(q), z.tokens[at], z.length[at], z.action_mask[at], log_reward[at])
+    return z, log_reward
+
+  def batch(self, draft: Draft, samples: tuple[Trajectory, np.ndarray] | None) -> tuple[Batch, dict[str, float]]:
+    """The step's batch of what `finish` gave and of the buffer as that left it, and metrics of the samples."""
+    config, plan, fresh = self._config, draft.plan, draft.fresh
+    n, t = config.sampler.num_samples, config.sampler.max_length
     shapes = (((t,), np.int32), ((), np.int32), ((t,), bool), ((t + 1,), np.float32))
     fields = [np.zeros((len(plan.query_ids), n, *shape), dtype) for shape, dtype in shapes]
     metrics = {}
-    if len(fresh):
-      z, log_reward = self._sample(trained["lora"], plan, fresh, key, on_round)
+    if samples is not None:
+      z, log_reward = samples
       for field, values in zip(fields, (z.tokens, z.length, z.action_mask, log_reward)):
         field[fresh] = values.reshape(len(fresh), n, *values.shape[1:])
-      for j, q in enumerate(plan.query_ids[fresh]):
-        at = slice(j * n, (j + 1) * n)
-        self.replay.add(int(q), z.tokens[at], z.length[at], z.action_mask[at], log_reward[at])
       metrics = self._sample_metrics(plan, fresh, z, log_reward)
-    rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
-    for j in np.flatnonzero(replayed):
+    rng = data.step_rng(config.seed, data.REPLAY_STREAM, draft.step)
+    replayed = np.setdiff1d(np.arange(len(plan.query_ids)), fresh)
+    for j in replayed:
       sampled = self.replay.sample(int(plan.query_ids[j]), n, rng, config.replay.prioritized)
       for field, values in zip(fields, sampled):
         field[j] = values
     tokens, length, action_mask, log_reward = (f.reshape(-1, *f.shape[2:]) for f in fields)
     batch = self._batch(plan.query_ids, tokens, length, action_mask, log_reward)
-    return batch, metrics | {"replayed_queries": float(replayed.sum()), "replay_size": float(len(self.replay))}
+    return batch, metrics | {"replayed_queries": float(len(replayed)), "replay_size": float(len(self.replay))}
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
     q = self.table[query_ids]
@@ -151,16 +188,23 @@ class Collector:
     )  # fmt: skip
 
   def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
-    """Samples and scores the fresh queries, padded to one of two counts so that shapes do not change."""
+    """Samples and scores the fresh queries."""
+    return self._finish(self._begin(lora, plan, fresh, key), plan, fresh, on_round)
+
+  def _begin(self, lora, plan, fresh, key) -> Rollout:
+    """Sends for samples of the fresh queries, padded to one of two counts so that shapes do not change."""
     total = len(plan.query_ids)
     usual = data.num_sampled(self._behavior, total)
     padded = np.resize(fresh, usual if len(fresh) <= usual else total)
     n, q = self._config.sampler.num_samples, self.table[plan.query_ids[padded]]
-    z = self._sampler(
+    return self._sampler.begin(
       lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
-      row_ids=padded[:, None] * n + np.arange(n), on_round=on_round,
+      row_ids=padded[:, None] * n + np.arange(n),
     )  # fmt: skip
-    z = z.rows(slice(0, len(fresh) * n))
+
+  def _finish(self, rollout, plan, fresh, on_round) -> tuple[Trajectory, np.ndarray]:
+    """The fresh queries' samples, without what padded them, and their log R."""
+    z = self._sampler.finish(rollout, on_round).rows(slice(0, len(fresh) * self._config.sampler.num_samples))
     return z, self.score(plan.query_ids[fresh], z)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:

@@ -106,6 +106,7 @@ def base_config() -> ml_collections.ConfigDict:
       "decay_steps": 0,  # the step at which the rate has fallen linearly to 0; 0: it stays
       "weight_decay": 0.01,
       "clip_norm": 1.0,
+      "max_staleness": 0,  # 1: a step is sampled by the adapter as it was one update ago, while that update runs
       "log_every": 1,  # steps
       "keep": "last",  # the adapter that a run leaves; "best": by held-out Var(log R / T - log q)
       "patience": 0,  # evaluations without a better one before the run stops early; 0: it does not
@@ -236,6 +237,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _among("method", config.method, METHODS)
   _among("em.objective", config.em.objective, ("joint", "label"))
   _among("train.keep", config.train.keep, ("last", "best"))
+  _among("train.max_staleness", config.train.max_staleness, (0, 1))
   _among("loss.name", config.loss.name, LOSS_NAMES)
   _among("model.dtype", config.model.dtype, DTYPES)
   _among("model.remat", config.model.remat, tuple(REMATS))
@@ -306,6 +308,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     (t.keep == "last" and not t.patience) or config.eval.num_validation > 0,
     f"config.train.keep {t.keep!r} and config.train.patience {t.patience} go by held-out queries: "
     "config.eval.num_validation must be positive",
+  )
+  _require(
+    not t.max_staleness or config.method == "gfn",
+    f"config.train.max_staleness {t.max_staleness}: only method 'gfn' may learn from the samples of an older policy; "
+    f"with {config.method!r} it must be 0",
   )
   _require(
     config.method != "grpo" or s.num_samples > 1,

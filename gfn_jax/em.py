@@ -54,6 +54,7 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
     step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
     step.train.warmup_steps, step.train.decay_steps = em.warmup_steps, 0
     step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0
+    step.train.max_staleness = 0
     step.eval.baselines, step.eval.evaluators, step.eval.test_evaluators = False, (), ()
     step.replay.seed_from = "demonstrations"
   return step

@@ -215,6 +215,7 @@ def finetune(config: ml_collections.ConfigDict, output: str | pathlib.Path) -> i
   with Preemption() as preemption, MetricsWriter(work, first_step, num_steps) as writer:
     log = StepLog(writer, first_step, num_steps, t.log_every, t.batch_size, "texts")
 
+    @log.paused()
     def evaluate(epoch: int) -> None:
       """Measures the texts held out, after `epoch` epochs."""
       if not held_out:

@@ -1,6 +1,7 @@
 """What a run tells: metrics.jsonl (the truth), TensorBoard, and a progress bar or a line a step."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import json
 import math
 import os
@@ -201,8 +202,16 @@ class StepLog:
     remaining = (self._num_steps - step) * self._spent / (step - self._first_step)
     self._writer.progress(step, shown, remaining)
 
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Around an evaluation: its time is not the steps', but what the last step still has to do before it is."""
+    self.flush()
+    begin = time.monotonic()
+    yield
+    self._since += time.monotonic() - begin
+
   def evaluation(self, step: int, values: Mapping[str, float], samples: list[dict[str, Any]]) -> None:
-    """Writes an evaluation, and shows some of its samples beside their rewards. Its time is not the steps'."""
+    """Writes an evaluation, and shows some of its samples beside their rewards."""
     self.flush()
     self._writer.write(step, values)
     self._writer.write_samples(step, samples)
@@ -211,4 +220,3 @@ class StepLog:
     scored = [s for s in samples if "log_q" in s]
     lines += [f"  {scores_text(s)}  {s['X']}|{s['Z']}" for s in scored[:: max(1, len(scored) // 3)][:3]]
     self._writer.say("\n".join(lines))
-    self._since = time.monotonic()

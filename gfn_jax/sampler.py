@@ -6,6 +6,7 @@ calls.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -95,6 +96,23 @@ class RolloutState:
   cache: Any
   logits: Any
   keys: Any
+
+
+@dataclasses.dataclass
+class Rollout:
+  """Samples on their way: the devices have been given the first round, and nobody has waited for it.
+
+  Attributes:
+    num_queries: Q, of all processes.
+    lora, prefix, temperature, state: what rounds take; q of the queries on each of D devices. prefix and state, which
+      hold the caches, are None once the rollout is finished.
+  """
+
+  num_queries: int
+  lora: Lora | None
+  prefix: Prefix | None
+  temperature: np.ndarray
+  state: RolloutState | None
 
 
 def start(
@@ -312,9 +330,26 @@ class Sampler:
     Raises:
       ValueError: a temperature out of range.
     """
+    rollout = self.begin(
+      lora, prompt_tokens, prompt_mask, num_samples=num_samples, temperature=temperature, key=key, row_ids=row_ids
+    )
+    return self.finish(rollout, on_round)
+
+  def begin(
+    self,
+    lora: Lora | None,
+    prompt_tokens: Int[np.ndarray, "Q P"],
+    prompt_mask: Bool[np.ndarray, "Q P"],
+    *,
+    num_samples: int,
+    temperature: Float[np.ndarray, "Q"],
+    key: jax.Array,
+    row_ids: Int[np.ndarray, "Q N"] | None = None,
+  ) -> Rollout:
+    """The first half of a call, which waits for nothing. `lora` must not be donated before `finish`."""
     temperature = np.asarray(temperature, np.float32)
     self._check(temperature)
-    queries, devices, alone = len(prompt_tokens), len(self.devices), jax.process_count() == 1
+    queries, devices = len(prompt_tokens), len(self.devices)
     own = distributed.share(queries)
     per_device = -(-queries // (jax.process_count() * devices))
     ids = np.minimum(own.start + np.arange(devices * per_device), queries - 1)  # the last devices may draw rows again
@@ -323,8 +358,13 @@ class Sampler:
     split = lambda x: np.asarray(x)[ids].reshape(devices, per_device, *np.shape(x)[1:])  # noqa: E731
     prefix, state = self.prefill(lora, *map(split, (prompt_tokens, prompt_mask, row_ids)), key)
     temperature = split(temperature)
+    return Rollout(queries, lora, prefix, temperature, self.decode(lora, prefix, temperature, state))
+
+  def finish(self, rollout: Rollout, on_round: Callable[[], None] | None = None) -> Trajectory:
+    """The second half: the other rounds, and the samples. A rollout can be finished once."""
+    prefix, state, alone = rollout.prefix, rollout.state, jax.process_count() == 1
+    rollout.prefix = rollout.state = None  # whoever still holds the rollout holds no caches
     while True:
-      state = self.decode(lora, prefix, temperature, state)
       if on_round is not None and alone:
         on_round()
       waiting = np.asarray(state.waiting)
@@ -332,10 +372,12 @@ class Sampler:
         break
       forced = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
       state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
+      state = self.decode(rollout.lora, prefix, rollout.temperature, state)
     fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
-    rows = (np.asarray(x).reshape(len(ids) * num_samples, *x.shape[3:]) for x in fields)
+    rows = (np.asarray(x).reshape(-1, *x.shape[3:]) for x in fields)
+    own, num_samples = distributed.share(rollout.num_queries), waiting.shape[-1]
     num_rows = (own.stop - own.start) * num_samples
-    z = Trajectory(*distributed.gather([x[:num_rows] for x in rows], queries, num_samples))
+    z = Trajectory(*distributed.gather([x[:num_rows] for x in rows], rollout.num_queries, num_samples))
     if on_round is not None and not alone:
       on_round()
     return z

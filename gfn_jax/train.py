@@ -5,7 +5,7 @@ the frozen LM; feed the replay buffer; update the adapter. It is a function of (
 holds.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import pathlib
@@ -20,7 +20,7 @@ import numpy as np
 from gfn_jax import data, distributed, plots, policy
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
-from gfn_jax.collect import Collector, DemonstrationCollector
+from gfn_jax.collect import Collector, DemonstrationCollector, Draft
 from gfn_jax.config import flatten, validate
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.suite import Suite
@@ -36,7 +36,7 @@ from gfn_jax.profiler import StepProfiler
 from gfn_jax.results import results_table
 from gfn_jax.selection import Selection
 from gfn_jax.step import make_optimizer, step_settings, train_step
-from gfn_jax.types import Batch, TrainState
+from gfn_jax.types import Batch, LaggedState, TrainState
 
 COLLECTORS = {"gfn": Collector, "sft": DemonstrationCollector, "ppo": PPOCollector, "grpo": GRPOCollector}
 
@@ -97,23 +97,48 @@ class Run:
   update: Callable[..., tuple[TrainState, dict[str, jax.Array]]]
   shardings: Any
 
-  def step(
-    self, state: TrainState, number: int, on_round: Callable[[], None] | None = None
-  ) -> tuple[TrainState, dict[str, jax.Array], dict[str, float]]:
-    """Step `number`: sampling, scoring, replay, update. `state` is donated.
+  def steps(
+    self, state: TrainState, numbers: range, on_round: Callable[[], None] | None = None
+  ) -> Iterator[tuple[TrainState, dict[str, jax.Array], dict[str, float]]]:
+    """Makes a step whenever one is asked for: sampling, scoring, replay, update. `state` is donated.
 
-    Returns:
+    A `LaggedState` has each step sampled by the adapter that the step before it started from. So the next step's
+    samples can be sent for before the update: the devices work on them while the host makes this step's batch, and on
+    the update while it answers the tool. The steps are functions of state, buffer and number all the same, whoever
+    goes on with them.
+
+    Yields:
       The new state, the update's metrics, which the device may still be working on, and those of the samples.
     """
-    config, parts = self.parts.config, self.parts
-    temperature = reward_temperature(config, number)
-    batch, sampled = self.collector(state.trained, number, data.step_key(config.seed, data.SAMPLE, number), on_round)
+    draft = None
+    for number in numbers:
+      if isinstance(state, LaggedState):
+        draft = draft or self._begin(state.previous_lora, number)
+        samples = self.collector.finish(draft, on_round)
+        start = jax.tree.map(jnp.copy, state.trained["lora"])  # the update takes the state's own
+        following = self._begin(start, number + 1) if number + 1 in numbers else None
+        batch, sampled = self.collector.batch(draft, samples)
+        updated, metrics = self._update(TrainState(state.step, state.trained, state.opt_state), number, batch)
+        state, draft = LaggedState(**vars(updated), previous_lora=start), following
+      else:
+        batch, sampled = self.collector(state.trained, number, self._key(data.SAMPLE, number), on_round)
+        state, metrics = self._update(state, number, batch)
+      yield state, metrics, sampled | {"reward_temperature": reward_temperature(self.parts.config, number)}
+
+  def _key(self, purpose: int, number: int) -> jax.Array:
+    return data.step_key(self.parts.config.seed, purpose, number)
+
+  def _begin(self, lora: Lora, number: int) -> Draft:
+    return self.collector.begin(lora, number, self._key(data.SAMPLE, number))
+
+  def _update(self, state: TrainState, number: int, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    parts = self.parts
     state, metrics = self.update(
-      parts.params, jnp.asarray(parts.task.allowed_tokens), jnp.float32(temperature),
-      data.step_key(config.seed, data.DROPOUT, number), state, self.share(batch),
+      parts.params, jnp.asarray(parts.task.allowed_tokens), jnp.float32(reward_temperature(parts.config, number)),
+      self._key(data.DROPOUT, number), state, self.share(batch),
     )  # fmt: skip
     distributed.settle(state)
-    return state, metrics, sampled | {"reward_temperature": temperature}
+    return state, metrics
 
 
 def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
@@ -134,13 +159,16 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   collector = COLLECTORS[config.method](parts, table)
   trained = initial_trained(config, model, lora, len(task.examples))
   optimizer = make_optimizer(config)
-  state = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+  state = bare = TrainState(jnp.int32(0), trained, optimizer.init(trained))
+  if config.train.max_staleness:
+    state = LaggedState(**vars(bare), previous_lora=jax.tree.map(jnp.copy, lora))
   everywhere = all_devices()
   settings = step_settings(config, model, task.stop_token_id, len(grouped(everywhere, config.mesh.model)))
   update = functools.partial(train_step, settings, optimizer)
   if is_split(devices):
-    shardings = tree_shardings(model, mesh_of(devices), state)
-    update, share = map_step(update, mesh_of(devices), shardings), lambda batch: batch
+    mesh = mesh_of(devices)
+    shardings = tree_shardings(model, mesh, state)
+    update, share = map_step(update, mesh, tree_shardings(model, mesh, bare)), lambda batch: batch
   else:
     shardings, share = replicated(devices), functools.partial(split, devices=devices)
     update = jax.pmap(
@@ -221,20 +249,22 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
           start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
           state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
+      steps = run.steps(state, range(first_step, config.train.num_steps), preemption.check)
       for step in range(first_step, config.train.num_steps):
         preemption.check()
         # Before the step, not after the last one: a run that goes on from a checkpoint of this step makes it too.
         if step and step % config.eval.every_steps == 0 and config.eval.num_validation:
-          values, samples = suite.validate(
-            state.trained["lora"], reward_temperature(config, step), key(data.EVALUATE, step), preemption.check
-          )
-          log.evaluation(step, values, samples)
-          selection.consider(step, values, state.trained["lora"], pretrained)
+          with log.paused():
+            values, samples = suite.validate(
+              state.trained["lora"], reward_temperature(config, step), key(data.EVALUATE, step), preemption.check
+            )
+            log.evaluation(step, values, samples)
+            selection.consider(step, values, state.trained["lora"], pretrained)
           if selection.is_over():
             writer.say(f"no better evaluation since step {selection.best_step}: stopped after step {step}")
             break
         profiler.before_step()
-        state, metrics, sampled = run.step(state, step, preemption.check)
+        state, metrics, sampled = next(steps)
         done = step + 1
         log.step(done, metrics, sampled)
         if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:

@@ -200,3 +200,14 @@ class TrainState:
   step: Any
   trained: Any
   opt_state: Any
+
+
+@flax.struct.dataclass
+class LaggedState(TrainState):
+  """A state whose next step is sampled by the adapter that the last one started from: config.train.max_staleness 1.
+
+  Attributes:
+    previous_lora: that adapter; before the first step, the one that it starts from. Its arrays are its own.
+  """
+
+  previous_lora: Any

@@ -559,6 +559,29 @@ def test_a_step_lasts_from_one_to_the_next_however_late_it_is_read(monkeypatch):
   assert [values["step_seconds"] for _, values in writer.written] == [2, 3]
 
 
+def test_an_evaluation_is_nobodys_time_but_the_wait_for_the_step_before_it_is(monkeypatch):
+  now = 100.0
+
+  class Late:
+    def __float__(self):  # the device has a second's work left
+      nonlocal now
+      now += 1
+      return 2.0
+
+  monkeypatch.setattr("gfn_jax.metrics.time.monotonic", lambda: now)
+  writer = RecordingWriter()
+  log = step_log(writer)
+  now = 102.0
+  log.step(1, VALUES | {"loss": Late()}, {})
+  with log.paused():
+    assert now == 103
+    now = 150.0
+  now = 152.0
+  log.step(2, VALUES, {})
+  log.flush()
+  assert [values["step_seconds"] for _, values in writer.written] == [2, 3]
+
+
 def smoke_config(**fields):
   from configs import arith
 
