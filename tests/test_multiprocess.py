@@ -158,11 +158,11 @@ def test_a_split_model_in_two_processes_makes_that_run_and_one_goes_on_with_it(r
 @pytest.mark.slow
 def test_a_group_of_devices_lies_within_a_process(runs):
   done = finish(train(runs, "too_wide", 2, 2, "--config.mesh.model=4"), timeout=300)
-  assert [code for code, *_ in done] == [2, 2], done
-  for _, _, error in done:
-    assert error.splitlines()[-1].endswith(
-      "config.mesh.model 4: the 2 devices of a process do not fall into groups of as many"
-    )
+  refused = [error.splitlines()[-1] for code, _, error in done if code == 2]  # the first to say so may end the other
+  assert refused and all(code for code, *_ in done), done
+  for line in refused:
+    assert line.startswith("error: process ")
+    assert line.endswith("config.mesh.model 4: the 2 devices of a process do not fall into groups of as many")
 
 
 @pytest.mark.slow
