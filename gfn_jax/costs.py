@@ -217,5 +217,5 @@ def notes(lengths: Lengths) -> str:
     "those of its products or of its memory traffic, whichever take longer; its sums come on top, without latency.\n"
     f"Every sample is as long as it can be, no two share a prefix, the reward's context has {lengths.context} tokens "
     f"and its targets {lengths.target}; the host and a tool's rounds are not counted. A model that is split over the "
-    "chips of several hosts is planned here, but not trained yet: config.mesh.model needs one process."
+    "chips of several processes is planned here, but not trained: config.mesh.model must divide those of each."
   )

@@ -25,7 +25,7 @@ from gfn_jax.config import validate
 from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
-from gfn_jax.parallel import all_devices, grouped, place
+from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature, train
@@ -121,7 +121,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     ValueError: a slip of the user's, in one line.
   """
   started, devices = time.time(), all_devices()
-  validate(config, len(grouped(devices, config.mesh.model)))
+  validate(config, num_shares(config.mesh.model))
   workdir = contract.prepare(config, workdir)
   if contract.finished_steps(workdir) >= config.train.num_steps:
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")

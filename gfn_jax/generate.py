@@ -22,6 +22,7 @@ from gfn_jax.experiment import build
 from gfn_jax.files import check_output, read_json, write_text
 from gfn_jax.metrics import scores_text
 from gfn_jax.models import Pretrained, load_adapter, load_pretrained
+from gfn_jax.parallel import Devices, place
 from gfn_jax.rewards import Reward, RewardModel
 from gfn_jax.sampler import check_behavior
 from gfn_jax.task import Task
@@ -47,11 +48,11 @@ def load_model(
   return pretrained, task, Reward(RewardModel(pretrained, context=np.zeros(0, np.int32))) if target else None
 
 
-def load_task(config: ml_collections.ConfigDict) -> tuple[Pretrained, Task, Any]:
-  """Base, task and reward of a config."""
+def load_task(config: ml_collections.ConfigDict) -> tuple[Pretrained, Task, Any, Devices]:
+  """Base, task and reward of a config, and the device, or the group of them, that holds the base."""
   validate(config, num_devices=1)  # of a training step, which there is none of
-  parts, _ = build(config.lock(), jax.local_devices()[:1])
-  return parts.pretrained, parts.task, parts.reward
+  parts, _ = build(config.lock(), jax.local_devices()[: config.mesh.model])
+  return parts.pretrained, parts.task, parts.reward, parts.devices
 
 
 def show(records: list[dict], num_samples: int) -> None:
@@ -89,12 +90,15 @@ def main() -> int:
   if config is None:
     revision = None if f.model else revision
     pretrained, task, reward = load_model(model, revision, f.dtype or "float32", f.stop, f.target or "")
+    devices = jax.local_devices()[:1]
   else:
-    pretrained, task, reward = load_task(config)
-  lora = load_adapter(f.adapter, pretrained) if f.adapter else None
+    pretrained, task, reward, devices = load_task(config)
+  lora = place(load_adapter(f.adapter, pretrained), devices) if f.adapter else None
   examples = [task.example_of(p) for p in f.prompt or ()]
   examples = examples or [e for kind in task.validation_examples(1).values() for e in kind]
-  sampler = task.make_sampler(pretrained, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p)
+  sampler = task.make_sampler(
+    pretrained, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p, devices=devices
+  )
   demonstrations = 0 if config is None else config.reward.num_demonstrations
   reserved = len(task.context_tokens(demonstrations)) + max_length
   table = query_table(examples, task, pretrained.config.max_positions, reserved)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from gfn_jax import distributed
 from gfn_jax.models.partition import MODEL_AXIS
 
 DATA_AXIS = "data"
@@ -17,16 +18,23 @@ Devices = Sequence[jax.Device] | Sequence[tuple[jax.Device, ...]]
 
 
 def grouped(devices: Sequence[jax.Device], num_model: int) -> Devices:
-  """Neighbours in groups of `num_model`; as they are where that is 1.
+  """Neighbours, of one process, in groups of `num_model`; as they are where that is 1.
 
   Raises:
     ValueError: they do not fall into such groups.
   """
   if num_model < 1 or len(devices) % num_model:
-    raise ValueError(f"config.mesh.model {num_model}: {len(devices)} devices do not fall into groups of as many")
+    raise ValueError(
+      f"config.mesh.model {num_model}: the {len(devices)} devices of a process do not fall into groups of as many"
+    )
   if num_model == 1:
     return list(devices)
   return [tuple(devices[i : i + num_model]) for i in range(0, len(devices), num_model)]
+
+
+def num_shares(num_model: int) -> int:
+  """How many devices, or groups of `num_model`, of all processes share the data. Raises ValueError as `grouped`."""
+  return len(grouped(jax.local_devices(), num_model)) * jax.process_count()
 
 
 def is_split(devices: Devices) -> bool:
@@ -39,6 +47,15 @@ def mesh_of(devices: Devices) -> Mesh:
   if is_split(devices):
     return make_mesh([d for group in devices for d in group], len(devices[0]))
   return Mesh(np.array(devices), (DATA_AXIS,))
+
+
+def mesh_of_all(devices: Devices) -> Mesh:
+  """The groups of all processes along `data`, a process after another; `mesh_of(devices)` is this one's part of it."""
+  everywhere, number = all_devices(), jax.local_device_count()
+  of_process = [everywhere[i : i + number] for i in range(0, len(everywhere), number)]
+  # Each process's by itself, as it makes them: of all devices at once JAX might put groups across the borders.
+  parts = [mesh_of(grouped(own, len(devices[0]))) for own in of_process]
+  return Mesh(np.concatenate([part.devices for part in parts]), parts[0].axis_names, axis_types=parts[0].axis_types)
 
 
 def replicated(devices: Devices) -> NamedSharding:
@@ -69,7 +86,21 @@ def over_data(
     of_share, mesh=mesh_of(devices), in_specs=specs, out_specs=PartitionSpec(DATA_AXIS), axis_names={DATA_AXIS},
     check_vma=False,
   )  # fmt: skip
-  return jax.jit(mapped, donate_argnums=donate_argnums)
+  return settled(jax.jit(mapped, donate_argnums=donate_argnums))
+
+
+def settled(program: Callable) -> Callable:
+  """A compiled program of this process's devices that exchange data, with each call as `distributed.settle` leaves it:
+  CPUs of several processes mix up what two programs exchange, and wait for ever."""
+  if jax.process_count() == 1:
+    return program
+
+  def call(*args, **kwargs):
+    results = program(*args, **kwargs)
+    distributed.settle(results)
+    return results
+
+  return call
 
 
 def on_any_share(flag: jax.Array, together: bool) -> jax.Array:
@@ -139,3 +170,44 @@ def map_step(step: Callable, mesh: Mesh, state_shardings: Any) -> Callable:
     axis_names={DATA_AXIS}, check_vma=False,  # the step sums its gradients itself; JAX would do it once more
   )  # fmt: skip
   return jax.jit(mapped, donate_argnums=4, out_shardings=(state_shardings, NamedSharding(mesh, PartitionSpec())))
+
+
+def map_step_everywhere(step: Callable, devices: Devices, state_shardings: Any) -> Callable:
+  """`map_step` over the groups of all processes, called by all of them with one whole batch of NumPy arrays.
+
+  Args:
+    devices: this process's groups. They hold the params and the state that it passes, and the state that it gets.
+    state_shardings: over `mesh_of(devices)`.
+  """
+  if jax.process_count() == 1:
+    return map_step(step, mesh_of(devices), state_shardings)
+  own, everywhere = mesh_of(devices), mesh_of_all(devices)
+  mapped = map_step(step, everywhere, jax.tree.map(lambda s: NamedSharding(everywhere, s.spec), state_shardings))
+  rows = NamedSharding(everywhere, PartitionSpec(DATA_AXIS))
+  _connect(everywhere)
+
+  def update(params, allowed_tokens, reward_temperature, key, state, batch):
+    batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
+    params, state = _seen_on(everywhere, (params, state))
+    return _seen_on(own, mapped(params, allowed_tokens, reward_temperature, key, state, batch))
+
+  return update
+
+
+def _seen_on(mesh: Mesh, tree: Any) -> Any:
+  """The same buffers, of this process, as arrays over a mesh of more devices, or of this process's alone."""
+
+  def seen(x: jax.Array) -> jax.Array:
+    shards = [shard.data for shard in x.addressable_shards]
+    return jax.make_array_from_single_device_arrays(x.shape, NamedSharding(mesh, x.sharding.spec), shards)
+
+  return jax.tree.map(seen, tree)
+
+
+def _connect(mesh: Mesh) -> None:
+  """Lets the devices that sum over `data` meet while all processes are here, as `distributed.initialize` does it."""
+  distributed.wait_for_all("the groups")
+  add = jax.shard_map(
+    lambda: jax.lax.psum(jax.lax.axis_index(DATA_AXIS), DATA_AXIS), mesh=mesh, in_specs=(), out_specs=PartitionSpec()
+  )
+  jax.block_until_ready(jax.jit(add)())

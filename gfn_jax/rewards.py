@@ -21,7 +21,7 @@ from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, tree_states, without_start
-from gfn_jax.parallel import Devices, over_data
+from gfn_jax.parallel import Devices, over_data, settled
 from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
 from gfn_jax.types import Example, Queries
 
@@ -90,7 +90,7 @@ def _score_trees(
 @functools.lru_cache
 def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
-  encode = jax.jit(functools.partial(encode_context, config))
+  encode = settled(jax.jit(functools.partial(encode_context, config)))
   score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
   return encode, score
 

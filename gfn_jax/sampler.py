@@ -21,7 +21,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
-from gfn_jax.parallel import Devices, is_split, on_any_share, over_data
+from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, settled
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
 
@@ -232,7 +232,7 @@ def decode_round(
 @functools.lru_cache
 def _compiled_start(config: ModelConfig, max_length: int, devices: tuple):
   """`encode_context` and `start`."""
-  encode = jax.jit(functools.partial(encode_context, config))
+  encode = settled(jax.jit(functools.partial(encode_context, config)))
   return encode, over_data(functools.partial(start, config, max_length), (None,) * 4 + (0,) * 3, devices)
 
 

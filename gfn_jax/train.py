@@ -30,7 +30,17 @@ from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
 from gfn_jax.models.partition import tree_shardings
 from gfn_jax.on_policy import GRPOCollector, PPOCollector
-from gfn_jax.parallel import DATA_AXIS, all_devices, grouped, is_split, map_step, mesh_of, place, replicated, split
+from gfn_jax.parallel import (
+  DATA_AXIS,
+  all_devices,
+  is_split,
+  map_step_everywhere,
+  mesh_of,
+  num_shares,
+  place,
+  replicated,
+  split,
+)
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.profiler import StepProfiler
 from gfn_jax.results import results_table
@@ -163,12 +173,12 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   if config.train.max_staleness:
     state = LaggedState(**vars(bare), previous_lora=jax.tree.map(jnp.copy, lora))
   everywhere = all_devices()
-  settings = step_settings(config, model, task.stop_token_id, len(grouped(everywhere, config.mesh.model)))
+  settings = step_settings(config, model, task.stop_token_id, num_shares(config.mesh.model))
   update = functools.partial(train_step, settings, optimizer)
   if is_split(devices):
     mesh = mesh_of(devices)
     shardings = tree_shardings(model, mesh, state)
-    update, share = map_step(update, mesh, tree_shardings(model, mesh, bare)), lambda batch: batch
+    update, share = map_step_everywhere(update, devices, tree_shardings(model, mesh, bare)), lambda batch: batch
   else:
     shardings, share = replicated(devices), functools.partial(split, devices=devices)
     update = jax.pmap(
@@ -199,10 +209,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   """
   # 1. Check everything that can be checked before anything compiles.
   started, everywhere = time.time(), all_devices()
-  num_shares = len(grouped(everywhere, config.mesh.model))
-  validate(config, num_shares)
-  if config.mesh.model > 1 and jax.process_count() > 1:
-    raise ValueError(f"config.mesh.model {config.mesh.model}: a model is split within one process, not beside others")
+  validate(config, num_shares(config.mesh.model))
   workdir = contract.prepare(config, workdir)
   finished = contract.finished_steps(workdir)
   if finished >= config.train.num_steps:

@@ -13,7 +13,7 @@ from gfn_jax.metrics import read_jsonl
 from gfn_jax.models import load_adapter, load_pretrained, logits, save_adapter, save_pretrained
 from gfn_jax.rewards import prefix_log_rewards
 from gfn_jax.tasks.arith import ALLOWED_CHARACTERS, parse_answer
-from testing import REPOSITORY, assert_one_line, random_lora, run_commands, tiny_pretrained
+from testing import REPOSITORY, assert_one_line, random_lora, run_commands, run_python, tiny_pretrained
 
 ARITH = ["--config=configs/arith.py:smoke", "--config.data.dir={}/tfds"]
 TINY = ["--model={}/tiny", "--prompt=6 -"]
@@ -150,6 +150,21 @@ def test_numbers_of_the_task(results, folder):
       target=encode(record["Y"]), allowed_tokens=allowed,
     )  # fmt: skip
     assert abs(record["log_R"] - expected[0, -1]) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_base_split_over_two_devices_says_the_same(results, folder):
+  assert results["problems"][0] == 0
+  arguments = [a.replace("{}", str(folder)).replace("problems.jsonl", "split.jsonl") for a in RUNS["problems"]]
+  run_python(
+    f"import runpy, sys\nsys.argv[1:] = {[*arguments, '--config.mesh.model=2']!r}\n"
+    "runpy.run_module('gfn_jax.generate', run_name='__main__', alter_sys=True)",
+    devices=2,
+  )
+  whole, split = (read_jsonl(folder / name) for name in ("problems.jsonl", "split.jsonl"))
+  assert [(r["X"], r["Z"]) for r in split] == [(r["X"], r["Z"]) for r in whole]
+  for name in ("log_q", "log_R"):
+    np.testing.assert_allclose([r[name] for r in split], [r[name] for r in whole], rtol=0, atol=1e-3)
 
 
 def test_numbers_of_a_target(results, folder):

@@ -142,6 +142,30 @@ def test_a_split_model_makes_the_run_of_a_whole_one(runs, one):
 
 
 @pytest.mark.slow
+def test_a_split_model_in_two_processes_makes_that_run_and_one_goes_on_with_it(runs, one):
+  """A group of two devices in each: sampled, scored and tested by itself, trained as data 2 x model 2."""
+  said = complete(runs, "split_in_two", 2, 2, "--config.mesh.model=2")
+  assert "devices   4 x cpu in 2 processes, 2 to a copy of the model" in said
+  assert_same_run(runs / "split_in_two", one)
+
+  workdir = shutil.copytree(runs / "split_in_two", runs / "merged")
+  (workdir / "results.json").unlink()
+  shutil.rmtree(workdir / "checkpoints" / str(NUM_STEPS))
+  assert f"steps     4 of {NUM_STEPS} made" in complete(runs, workdir.name, 1, 1)
+  assert_same_run(workdir, one)
+
+
+@pytest.mark.slow
+def test_a_group_of_devices_lies_within_a_process(runs):
+  done = finish(train(runs, "too_wide", 2, 2, "--config.mesh.model=4"), timeout=300)
+  refused = [error.splitlines()[-1] for code, _, error in done if code == 2]  # the first to say so may end the other
+  assert refused and all(code for code, *_ in done), done
+  for line in refused:
+    assert line.startswith("error: process ")
+    assert line.endswith("config.mesh.model 4: the 2 devices of a process do not fall into groups of as many")
+
+
+@pytest.mark.slow
 def test_two_processes_make_the_run_of_one(one, two):
   assert_same_run(two, one)
   assert len(json.loads((two / "config.json").read_text())["devices"]) == 4

@@ -11,6 +11,7 @@ from gfn_jax import policy
 from gfn_jax.data import pad_right
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.models import Lora
+from gfn_jax.parallel import settled
 from gfn_jax.types import Queries
 
 ROWS_PER_PASS = 512  # bounds the memory of logits
@@ -18,7 +19,8 @@ ROWS_PER_PASS = 512  # bounds the memory of logits
 
 @functools.lru_cache
 def _compiled(model, stop_token_id: int, max_length: int):
-  return jax.jit(functools.partial(policy.score, model, stop_token_id=stop_token_id, max_length=max_length))
+  score = functools.partial(policy.score, model, stop_token_id=stop_token_id, max_length=max_length)
+  return settled(jax.jit(score))
 
 
 def log_q(lora: Lora | None, parts: Parts, query: Queries, rows: Sequence[Sequence[int]]) -> Float[np.ndarray, "B"]:
