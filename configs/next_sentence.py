@@ -26,9 +26,9 @@ def get_config(variant: str = ""):
   unset = ml_collections.config_dict.placeholder
   config.next_sentence = ml_collections.ConfigDict({
     "kind": "documents",  # what a text of data.path is: a document to cut a prompt from, or ready "prompts"
-    "num_train": unset(int),  # None: the paper's 950 and 50
+    "num_train": unset(int),  # by default the paper's 950 and 50 prompts, and 200 for the test
     "num_validation": unset(int),
-    "num_test": 200,
+    "num_test": unset(int),
     # Other ways to decode the base, for Fig. 3.
     "sampling_temperatures": (0.9, 0.8, 0.7, 0.6),
     "top_k": (50,),
@@ -60,7 +60,6 @@ def get_config(variant: str = ""):
     config.checkpoint.every_steps = config.eval.every_steps = 2
     config.reward.temperature_horizon = 2
     config.eval.num_validation, config.eval.num_test, config.eval.num_votes, config.eval.encoder = 3, 3, 4, None
-    config.next_sentence.num_test = 8
     config.next_sentence.sampling_temperatures, config.next_sentence.top_p = (0.8,), (0.9,)
     config.next_sentence.beam_compute = (1,)
 

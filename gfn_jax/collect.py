@@ -137,7 +137,7 @@ class Collector:
     return self.batch(draft, self.finish(draft, on_round))
 
   def begin(self, lora: Lora, step: int, key: jax.Array) -> Draft:
-    """Sends for the step's samples, and waits for nothing. The buffer must hold what the steps before it found."""
+    """Sends for the step's samples, as `Sampler.begin` does. The buffer must hold what the steps before it found."""
     config = self._config
     plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, self._behavior)
     replayed = np.array(

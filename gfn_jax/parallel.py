@@ -184,7 +184,7 @@ def map_step_everywhere(step: Callable, devices: Devices, state_shardings: Any) 
   own, everywhere = mesh_of(devices), mesh_of_all(devices)
   mapped = map_step(step, everywhere, jax.tree.map(lambda s: NamedSharding(everywhere, s.spec), state_shardings))
   rows = NamedSharding(everywhere, PartitionSpec(DATA_AXIS))
-  _connect(everywhere)
+  _connect_groups(everywhere)
 
   def update(params, allowed_tokens, reward_temperature, key, state, batch):
     batch = jax.tree.map(lambda x: jax.make_array_from_callback(x.shape, rows, lambda index: x[index]), batch)
@@ -204,7 +204,7 @@ def _seen_on(mesh: Mesh, tree: Any) -> Any:
   return jax.tree.map(seen, tree)
 
 
-def _connect(mesh: Mesh) -> None:
+def _connect_groups(mesh: Mesh) -> None:
   """Lets the devices that sum over `data` meet while all processes are here, as `distributed.initialize` does it."""
   distributed.wait_for_all("the groups")
   add = jax.shard_map(

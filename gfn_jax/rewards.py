@@ -25,7 +25,7 @@ from gfn_jax.parallel import Devices, over_data, settled
 from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
 from gfn_jax.types import Example, Queries
 
-MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls
+MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls, one at the least
 MAX_LOGITS = 2**26  # floats of one call's branch logits, which bound its memory
 SAMPLES_PER_TREE = 32  # a tree's attention is quadratic in its nodes: larger groups are split
 
@@ -217,7 +217,7 @@ class RewardModel:
     fitting = max(1, limit // (nodes * branch_tokens))
     needed = -(-len(trees) // len(self._devices))
     # Few numbers, each a program to compile, and little that only fills a call up.
-    per_device = min(1 << (fitting.bit_length() - 1), needed if needed < 8 else bucket(needed, smallest=8))
+    per_device = min(1 << (fitting.bit_length() - 1), needed if needed < 3 else bucket(needed, smallest=2))
     chunk = trees[: per_device * len(self._devices)]
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)

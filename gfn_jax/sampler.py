@@ -100,7 +100,7 @@ class RolloutState:
 
 @dataclasses.dataclass
 class Rollout:
-  """Samples on their way: the devices have been given the first round, and nobody has waited for it.
+  """Samples on their way: the devices have been given the first round.
 
   Attributes:
     num_queries: Q, of all processes.
@@ -346,7 +346,10 @@ class Sampler:
     key: jax.Array,
     row_ids: Int[np.ndarray, "Q N"] | None = None,
   ) -> Rollout:
-    """The first half of a call, which waits for nothing. `lora` must not be donated before `finish`."""
+    """The first half of a call, which waits for nothing but what `parallel.settled` says.
+
+    `lora` must not be donated before `finish`.
+    """
     temperature = np.asarray(temperature, np.float32)
     self._check(temperature)
     queries, devices = len(prompt_tokens), len(self.devices)

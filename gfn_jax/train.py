@@ -219,6 +219,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   # 2. Base model, task, sampler, rewards, evaluations; adapter, buffer, optimiser, state.
   run, state = set_up(config)
   suite, collector, pretrained, task = run.suite, run.collector, run.parts.pretrained, run.parts.task
+  suite.require_test_problems()
   devices, trained = run.parts.devices, state.trained
   key = functools.partial(data.step_key, config.seed)
 

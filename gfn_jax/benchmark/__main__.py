@@ -9,7 +9,6 @@ import pathlib
 import tempfile
 
 from absl import flags
-import jax
 
 from gfn_jax import cli
 from gfn_jax.benchmark import tables
@@ -17,14 +16,14 @@ from gfn_jax.benchmark.measure import check_method, measure
 from gfn_jax.benchmark.sweep import KINDS, sweep
 from gfn_jax.config import validate
 from gfn_jax.files import check_output, write_text
-from gfn_jax.parallel import grouped
+from gfn_jax.parallel import num_shares
 
 
 def main() -> int:
   f, config = flags.FLAGS, _CONFIG.value
   cli.prepare_jax(config)
   check_method(config)
-  validate(config, len(grouped(jax.local_devices(), config.mesh.model)))
+  validate(config, num_shares(config.mesh.model))
   output = check_output(f.output) if f.output else None
   if f.sweep:
     with tempfile.TemporaryDirectory() as folder:

@@ -65,7 +65,7 @@ class Steps:
     writer = enter(MetricsWriter(pathlib.Path(enter(tempfile.TemporaryDirectory())), 0, self._num_steps))
     rows = config.train.num_queries * config.sampler.num_samples
     self._log = StepLog(writer, 0, self._num_steps, config.train.log_every, rows)
-    self._steps = self.run.steps(self._state, range(sys.maxsize))
+    self._steps = None  # going on, of the run as it is
     return self
 
   def __exit__(self, *exc) -> None:
@@ -79,7 +79,10 @@ class Steps:
   def step(self, run: Run) -> tuple[float, bool]:
     """The next step, by this run or one made of it: its seconds, and whether anything was compiled."""
     compiled, begin = len(self.compiled.seconds), time.perf_counter()
-    steps = self._steps if run is self.run else run.steps(self._state, range(self._made, self._made + 1))
+    if run is not self.run:  # for one step
+      self._steps, steps = None, run.steps(self._state, range(self._made, self._made + 1))
+    else:
+      steps = self._steps = self._steps or run.steps(self._state, range(self._made, sys.maxsize))
     self._state, metrics, sampled = next(steps)
     self._made += 1
     self._log.step(self._made, metrics, sampled)

@@ -14,7 +14,7 @@ from gfn_jax.config import validate
 from gfn_jax.models import load_pretrained, save_pretrained
 from gfn_jax.models.architectures import read_config
 from gfn_jax.models.decoder import init_params
-from gfn_jax.parallel import grouped
+from gfn_jax.parallel import num_shares
 
 FACTORS = (1, 2, 4)
 
@@ -83,7 +83,7 @@ def sweep(config: ml_collections.ConfigDict, kind: str, repeats: int, folder: pa
   for factor in FACTORS:
     variant = copy.deepcopy(config)
     size = SIZES[kind](variant, factor) if kind in SIZES else None
-    validate(variant, len(grouped(jax.local_devices(), variant.mesh.model)))
+    validate(variant, num_shares(variant.mesh.model))
     variants.append((factor, size, variant))
   for factor, size, variant in variants:
     if kind == "model_size":

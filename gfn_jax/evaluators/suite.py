@@ -49,8 +49,6 @@ class Suite:
         raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
     self._validation = task.validation_examples(config.eval.num_validation)
     self._test = task.test_examples(config.eval.num_test)
-    if not any(self._test.values()):
-      raise ValueError(f"the task {task.name!r} has no test problems: its data leave none")
     shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
     empty = [k for k in config.eval.shots if not task.context_tokens(k)]
     if empty:
@@ -60,6 +58,11 @@ class Suite:
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._draws = Draws()
     self._evaluators, self._test_evaluators = (self._make(names, (), self._draws) for names in self._names)
+
+  def require_test_problems(self) -> None:
+    """Raises ValueError where there are none: a run would have nothing to end with."""
+    if not any(self._test.values()):
+      raise ValueError(f"the task {self._parts.task.name!r} has no test problems")
 
   def _make(self, names: Sequence[str], context: Sequence[int], draws: Draws) -> list[Evaluator]:
     return [EVALUATORS[name](self._parts, context, draws) for name in names]
@@ -101,6 +104,7 @@ class Suite:
     Args:
       lora: the policy's adapter; None for the base alone.
     """
+    self.require_test_problems()
     task, config = self._parts.task, self._parts.config
     method = config.method
     rows = [] if lora is None else [(method, lora, ())]
