@@ -20,7 +20,9 @@ def call(f, *arguments, **options):
 found = [call(lambda: subj.load(subj.make_config("SetFit/subj"), split, DIR)) for split in ("train", "test")]
 source = "owner/texts/deep/prompts.txt"
 found.append(call(
-  lambda: openwebtext_prompts.read_prompts(openwebtext_prompts.make_config(source, num_train=2, num_validation=0))
+  lambda: openwebtext_prompts.read_prompts(
+    openwebtext_prompts.make_config(source, num_train=2, num_validation=0, num_test=0)
+  )
 ))
 found.append(call(subj.make_config, "owner/nothing"))
 found.append(call(sources.hub_file, "owner/texts", "other.txt"))
