@@ -144,15 +144,25 @@ class Collector:
       [from_buffer and int(q) in self.replay for q, from_buffer in zip(plan.query_ids, plan.from_buffer)]
     )
     fresh = np.flatnonzero(~replayed)
-    return Draft(step, plan, fresh, self._begin(lora, plan, fresh, key) if len(fresh) else None)
+    if not len(fresh):
+      return Draft(step, plan, fresh, None)
+    # Padded to one of two counts, so that shapes do not change.
+    total, usual = len(plan.query_ids), data.num_sampled(self._behavior, len(plan.query_ids))
+    padded = np.resize(fresh, usual if len(fresh) <= usual else total)
+    n, q = config.sampler.num_samples, self.table[plan.query_ids[padded]]
+    rollout = self._sampler.begin(
+      lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
+      row_ids=padded[:, None] * n + np.arange(n),
+    )  # fmt: skip
+    return Draft(step, plan, fresh, rollout)
 
   def finish(self, draft: Draft, on_round: Callable[[], None] | None = None) -> tuple[Trajectory, np.ndarray] | None:
     """The fresh samples with their log R [B, S], which go into the buffer too; None where all is replayed."""
     if draft.rollout is None:
       return None
-    plan, fresh, n = draft.plan, draft.fresh, self._config.sampler.num_samples
-    z, log_reward = self._finish(draft.rollout, plan, fresh, on_round)
-    for j, q in enumerate(plan.query_ids[fresh]):
+    z, log_reward = self._scored(draft, on_round)
+    n = self._config.sampler.num_samples
+    for j, q in enumerate(draft.plan.query_ids[draft.fresh]):
       at = slice(j * n, (j + 1) * n)
       self.replay.add(int(q), z.tokens[at], z.length[at], z.action_mask[at], log_reward[at])
     return z, log_reward
@@ -187,25 +197,11 @@ class Collector:
       terminable_prefixes(length, action_mask), log_reward, trees,
     )  # fmt: skip
 
-  def _sample(self, lora, plan, fresh, key, on_round) -> tuple[Trajectory, np.ndarray]:
-    """Samples and scores the fresh queries."""
-    return self._finish(self._begin(lora, plan, fresh, key), plan, fresh, on_round)
-
-  def _begin(self, lora, plan, fresh, key) -> Rollout:
-    """Sends for samples of the fresh queries, padded to one of two counts so that shapes do not change."""
-    total = len(plan.query_ids)
-    usual = data.num_sampled(self._behavior, total)
-    padded = np.resize(fresh, usual if len(fresh) <= usual else total)
-    n, q = self._config.sampler.num_samples, self.table[plan.query_ids[padded]]
-    return self._sampler.begin(
-      lora, q.prompt_tokens, q.prompt_mask, num_samples=n, temperature=plan.temperature[padded], key=key,
-      row_ids=padded[:, None] * n + np.arange(n),
-    )  # fmt: skip
-
-  def _finish(self, rollout, plan, fresh, on_round) -> tuple[Trajectory, np.ndarray]:
+  def _scored(self, draft: Draft, on_round: Callable[[], None] | None) -> tuple[Trajectory, np.ndarray]:
     """The fresh queries' samples, without what padded them, and their log R."""
-    z = self._sampler.finish(rollout, on_round).rows(slice(0, len(fresh) * self._config.sampler.num_samples))
-    return z, self.score(plan.query_ids[fresh], z)
+    n = self._config.sampler.num_samples
+    z = self._sampler.finish(draft.rollout, on_round).rows(slice(0, len(draft.fresh) * n))
+    return z, self.score(draft.plan.query_ids[draft.fresh], z)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
     n = self._config.sampler.num_samples

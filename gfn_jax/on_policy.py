@@ -10,7 +10,7 @@ from jaxtyping import Float
 import ml_collections
 import numpy as np
 
-from gfn_jax import data, distributed, policy
+from gfn_jax import distributed, policy
 from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
 from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches
@@ -80,9 +80,8 @@ class OnPolicyCollector(Collector):
   ) -> tuple[Batch, dict[str, float]]:
     """The step's batch with its `Acts`, and metrics of its samples."""
     config = self._config
-    plan = data.plan_step(config.seed, step, self.weights, config.train.num_queries, self._behavior)
-    every = np.arange(len(plan.query_ids))
-    z, log_reward = self._sample(trained["lora"], plan, every, key, on_round)
+    draft = self.begin(trained["lora"], step, key)  # all queries are fresh: nothing is replayed
+    plan, (z, log_reward) = draft.plan, self._scored(draft, on_round)
     batch = self._batch(plan.query_ids, z.tokens, z.length, z.action_mask, log_reward)
     measured = self._measure(self._params, self._allowed, trained, split(batch, self._devices))
     own = [np.asarray(x).reshape(-1, log_reward.shape[1]) for x in measured]
@@ -95,7 +94,7 @@ class OnPolicyCollector(Collector):
     kl = float(np.where(mask, log_prob - log_reference, 0.0).sum(axis=1).mean())
     acts, metrics = self._advantages(acts, final, kl)
     acts = jax.tree.map(lambda x: x if x.dtype == bool else x.astype(np.float32), acts)
-    metrics = self._sample_metrics(plan, every, z, log_reward) | metrics
+    metrics = self._sample_metrics(plan, draft.fresh, z, log_reward) | metrics
     return batch.replace(acts=acts), metrics | {"kl_reference": kl}
 
   def _advantages(self, acts: Acts, log_reward: Float[np.ndarray, "B"], kl: float) -> tuple[Acts, dict[str, float]]:
