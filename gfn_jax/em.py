@@ -22,6 +22,7 @@ import ml_collections
 from gfn_jax import data, distributed
 from gfn_jax import workdir as contract
 from gfn_jax.config import validate
+from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
 from gfn_jax.files import write_text
 from gfn_jax.models import load_adapter
@@ -98,7 +99,8 @@ def evaluate_pair(
   parts, suite = build(step, jax.local_devices())
   lora = place(load_adapter(sampler, parts.pretrained), parts.devices)
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key, on_round)
+  tests = KeptRows(conclusions.parent.parent / "tests.json", contract.config_hash(step))
+  results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key, on_round, keep=tests.get)
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
 

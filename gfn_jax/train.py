@@ -23,6 +23,7 @@ from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.collect import Collector, DemonstrationCollector, Draft
 from gfn_jax.config import flatten, validate
 from gfn_jax.evaluators.evaluator import Parts
+from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.evaluators.suite import Suite
 from gfn_jax.experiment import build
 from gfn_jax.metrics import MetricsWriter, SilentWriter, StepLog
@@ -289,7 +290,10 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         selection.consider(int(state.step), values, lora, pretrained)
         lora = place(selection.load(pretrained), devices)
         writer.say(f"the best evaluation was after step {selection.best_step}")
-      results, samples = suite.test(lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say)
+      tests = KeptRows(workdir / "tests.json", f"{contract.config_hash(config)} {int(state.step)}")
+      results, samples = suite.test(
+        lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say, tests.get
+      )
       log.evaluation(config.train.num_steps, results, samples)
       if distributed.is_first():
         save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
@@ -306,6 +310,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
   if distributed.is_first():
     plots.plot_run(workdir, task.name)
     contract.write_results(workdir / "results.json", config, results, time.time() - started)
+    tests.forget()
   distributed.wait_for_all("results.json")
   if results:  # an M-step is not tested by itself
     print(results_table(results))

@@ -79,8 +79,11 @@ class Evaluator:
 
   def baselines(
     self, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
-  ) -> Iterator[tuple[str, float]]:
-    """Yields (method/metric, value) of what is no policy of its own: other ways of decoding the base."""
+  ) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
+    """Yields (method, what a call would) for what is no policy of its own: other ways of decoding the base.
+
+    `samples` are the method's once it has been iterated over.
+    """
     del problems, key, on_round
     return iter(())
 

@@ -81,8 +81,8 @@ class Reasons(Evaluator):
 
   def baselines(
     self, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
-  ) -> Iterator[tuple[str, float]]:
-    """Prompting without reasons: `zero_shot/accuracy/N`, and `K_shot/accuracy/N` with the training labels shown.
+  ) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
+    """Prompting without reasons, `accuracy/N` of each: zero_shot, and K_shot with the training labels shown.
 
     The second is left out, with a line that says so, where the model has no room for it.
     """
@@ -93,9 +93,12 @@ class Reasons(Evaluator):
       if len(context) + longest > room:
         print(f"{name} is left out: {len(context)} tokens of labelled reviews do not fit {room} positions", flush=True)
         continue
-      direct = Direct(parts, context)
-      for metric, value in direct(None, problems, key, on_round):
-        yield f"{name}/{metric}", value
+      yield name, self._prompted(context, problems, key, on_round)
+
+  def _prompted(self, context, problems, key, on_round) -> Iterator[tuple[str, float]]:
+    direct = Direct(self._parts, context)
+    yield from direct(None, problems, key, on_round)
+    self.samples = direct.samples
 
 
 def top_reasons(texts: Sequence[str], labels: np.ndarray, names: Sequence[str]) -> list[dict]:

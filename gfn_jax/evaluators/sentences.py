@@ -37,8 +37,8 @@ class Sentences(Evaluator):
 
   def baselines(
     self, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
-  ) -> Iterator[tuple[str, float]]:
-    """Yields `METHOD/max_log_likelihood` and so on: greedy, tempered, top-k and nucleus sampling, and beam searches."""
+  ) -> Iterator[tuple[str, Iterator[tuple[str, float]]]]:
+    """The same of greedy, tempered, top-k and nucleus sampling, and of beam searches."""
     parts, queries = self._parts, self._queries(problems)
     c, n = parts.config.next_sentence, parts.config.eval.num_votes
 
@@ -60,12 +60,11 @@ class Sentences(Evaluator):
       more = "" if times == 1 else f"_{times}x"
       decoders["beam" + more] = beam(times, 1, 0.0)
       decoders["diverse_beam" + more] = beam(times, n, c.diversity_penalty)
-    samples = []
     for name, decode in decoders.items():
-      for metric, value in self._measure(queries, decode()):
-        yield f"{name}/{metric}", value
-      samples += [{"method": name, **record} for record in self.samples]
-    self.samples = samples
+      yield name, self._decoded(queries, decode)
+
+  def _decoded(self, queries: Queries, decode: Callable[[], Trajectory]) -> Iterator[tuple[str, float]]:
+    yield from self._measure(queries, decode())
 
   def _queries(self, problems: Problems) -> Queries:
     parts = self._parts

@@ -1,6 +1,7 @@
 """The evaluations of a run: held-out problems while training, test problems and baselines at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -98,33 +99,47 @@ class Suite:
     key: jax.Array,
     on_round: Callable[[], None] | None = None,
     say: Callable[[str], None] = print,
+    keep: Callable[[str, Callable[[], Evaluation]], Evaluation] = lambda name, measure: measure(),
   ) -> Evaluation:
     """Test metrics of the policy, of the base, and of the base with config.eval.shots: "arith/gfn/accuracy/3", ...
 
     Args:
       lora: the policy's adapter; None for the base alone.
+      keep: gives what a row measures, by its name: `KeptRows.get`, or by default the measurement itself.
     """
     self.require_test_problems()
+    results, samples = {}, []
+    for name, measure in self._rows(lora, reward_temperature, key, on_round, say):
+      values, shown = keep(name, measure)
+      results |= values
+      samples += shown
+    return {f"{self._parts.task.name}/{k}": v for k, v in results.items()}, samples
+
+  def _rows(self, lora, reward_temperature, key, on_round, say) -> Iterator[tuple[str, Callable[[], Evaluation]]]:
+    """What a test consists of, each with a name of its own: policies by evaluators, baselines, the posterior."""
     task, config = self._parts.task, self._parts.config
     method = config.method
-    rows = [] if lora is None else [(method, lora, ())]
+    policies = [] if lora is None else [(method, lora, ())]
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
-      rows += [("base", off, ())] + [(f"base_{k}shot", off, task.context_tokens(k)) for k in config.eval.shots]
-    results, samples = {}, []
+      policies += [("base", off, ())] + [(f"base_{k}shot", off, task.context_tokens(k)) for k in config.eval.shots]
+    names, own = sum(self._names, ()), self._evaluators + self._test_evaluators
     number = sum(map(len, self._test.values()))
-    for row, adapter, before in rows:
-      say(f"testing {row} on {number} problems")
-      own = self._evaluators + self._test_evaluators
-      evaluators = self._make(sum(self._names, ()), before, Draws()) if before else own
-      for evaluator in evaluators:
-        results |= {f"{row}/{k}": v for k, v in evaluator(adapter, self._test, key, on_round)}
-        samples += [{"method": row, **s} for s in evaluator.samples]
+
+    def measured(evaluator, method, metrics):
+      values = {f"{method}/{k}": v for k, v in metrics}  # measured when it is iterated over
+      return values, [{"method": method, **s} for s in evaluator.samples]
+
+    for policy, adapter, before in policies:
+      say(f"testing {policy} on {number} problems")
+      for name, evaluator in zip(names, self._make(names, before, Draws()) if before else own):
+        metrics = evaluator(adapter, self._test, key, on_round)
+        yield f"{policy}/{name}", functools.partial(measured, evaluator, policy, metrics)
       self._draws.forget()
     if config.eval.baselines:
-      for evaluator in self._evaluators + self._test_evaluators:
-        results |= dict(evaluator.baselines(self._test, key, on_round))
-        samples += [s for s in evaluator.samples if "method" in s]
+      for name, evaluator in zip(names, own):
+        for baseline, metrics in evaluator.baselines(self._test, key, on_round):
+          yield f"{name}/{baseline}", functools.partial(measured, evaluator, baseline, metrics)
     if lora is not None:
-      results |= {f"{method}/{k}": v for k, v in self._posterior(lora, reward_temperature, key, on_round)}
-    return {f"{task.name}/{k}": v for k, v in results.items()}, samples
+      quality = self._posterior(lora, reward_temperature, key, on_round)
+      yield "posterior", lambda: ({f"{method}/{k}": v for k, v in quality}, [])

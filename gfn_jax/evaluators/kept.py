@@ -1,0 +1,39 @@
+"""A final evaluation kept as it comes: of an hour of tests, a kill loses the one under way."""
+
+from collections.abc import Callable
+import json
+import pathlib
+from typing import Any
+
+from gfn_jax import distributed
+from gfn_jax.files import read_json, write_text
+
+
+class KeptRows:
+  """What `Suite.test` has measured so far, in a file that the first process writes whole after each row.
+
+  Args:
+    path: the file; read by all processes where it is there.
+    of: what the rows belong to: rows of anything else are dropped.
+
+  Raises:
+    ValueError: the file is damaged.
+  """
+
+  def __init__(self, path: pathlib.Path, of: str):
+    self._path, self._of = path, of
+    there = read_json(path) if path.exists() else {}
+    self._rows: dict[str, Any] = there["rows"] if there.get("of") == of else {}
+    distributed.wait_for_all("the tests that were made")  # before the first process adds to them
+
+  def get(self, name: str, measure: Callable[[], Any]) -> Any:
+    """`measure()`, or what it gave when this name was first asked for; anything that JSON can hold."""
+    if name not in self._rows:
+      self._rows[name] = measure()
+      if distributed.is_first():
+        write_text(self._path, json.dumps({"of": self._of, "rows": self._rows}) + "\n")
+    return self._rows[name]
+
+  def forget(self) -> None:
+    """Removes the file, once the results stand elsewhere; by the first process."""
+    self._path.unlink(missing_ok=True)
