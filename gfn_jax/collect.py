@@ -5,10 +5,12 @@ import dataclasses
 from typing import Any
 
 import jax
+from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from gfn_jax import data
 from gfn_jax.config import num_micro_batches
+from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Lora
 from gfn_jax.prefix_tree import build_trees
 from gfn_jax.replay import ReplayBuffer
@@ -17,6 +19,28 @@ from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
 SAMPLES_PER_TREE = 8  # of the loss: attention within a tree is quadratic in its nodes, and its gradient keeps it all
 MIN_PROMPTS = 8  # of a supervised step, where as many rows allow it
+
+
+def scored_prefixes(
+  objective: str,
+  num_prefixes: int | None,
+  length: Int[np.ndarray, "B"],
+  terminable: Bool[np.ndarray, "B S"],
+  rng: np.random.Generator | None = None,
+) -> Bool[np.ndarray, "B S"]:
+  """The prefixes whose rewards an objective reads: whole samples alone, or those of some or all pairs.
+
+  Args:
+    objective: config.loss.name, or a baseline's config.method.
+    num_prefixes: of a sample: itself, and others that `rng` draws where stopping is possible. None: all.
+  """
+  whole = np.arange(terminable.shape[1]) == np.asarray(length)[:, None]
+  if objective not in PREFIX_LOSSES:
+    return whole
+  if num_prefixes is None:
+    return terminable
+  order = np.where(whole, -1.0, np.where(terminable, rng.random(terminable.shape), 2.0))
+  return terminable & (order.argsort(axis=1).argsort(axis=1) < num_prefixes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +78,7 @@ class Collector:
     self._sampler, self._reward = parts.sampler, parts.reward
     self._max_positions = parts.pretrained.config.max_positions
     self._behavior = config.behavior
+    self._objective = config.loss.name if config.method == "gfn" else config.method
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -69,9 +94,9 @@ class Collector:
         f"{config.data.seeded_weight}, config.data.unseeded_weight {config.data.unseeded_weight})"
       )
 
-  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
-    """log R [B, S] of the prefixes of N trajectories of each query, nats, untempered."""
-    return self._reward(self.table[ids], z.tokens, z.length, z.terminable)
+  def score(self, ids: np.ndarray, z: Trajectory, wanted: Bool[np.ndarray, "B S"]) -> Float[np.ndarray, "B S"]:
+    """log R of the `wanted` prefixes of N trajectories of each query, nats, untempered; NaN elsewhere."""
+    return np.where(wanted, self._reward(self.table[ids], z.tokens, z.length, wanted), np.float32(np.nan))
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """What a checkpoint keeps of the collector."""
@@ -122,7 +147,8 @@ class Collector:
     tokens, chosen = tokens[:-1], chosen[:-1].astype(bool)
     length = np.array([len(tokens) for tokens, _ in rows], np.int32)
     blank = np.zeros(tokens.shape, np.float32)
-    log_reward = self.score(ids, Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1)))))
+    z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
+    log_reward = self.score(ids, z, scored_prefixes(self._objective, None, length, z.terminable))
     offered = [row for row, z in enumerate(rationales) if z]
     for row in offered:
       at = slice(row, row + 1)
@@ -194,14 +220,16 @@ class Collector:
     trees = build_trees(tokens, length, num_queries=len(query_ids), samples_per_tree=SAMPLES_PER_TREE)
     return Batch(
       q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
-      terminable_prefixes(length, action_mask), log_reward, trees,
+      terminable_prefixes(length, action_mask) & ~np.isnan(log_reward), log_reward, trees,
     )  # fmt: skip
 
   def _scored(self, draft: Draft, on_round: Callable[[], None] | None) -> tuple[Trajectory, np.ndarray]:
     """The fresh queries' samples, without what padded them, and their log R."""
     n = self._config.sampler.num_samples
     z = self._sampler.finish(draft.rollout, on_round).rows(slice(0, len(draft.fresh) * n))
-    return z, self.score(draft.plan.query_ids[draft.fresh], z)
+    rng = data.step_rng(self._config.seed, data.PREFIX_STREAM, draft.step)
+    wanted = scored_prefixes(self._objective, self._config.loss.num_prefixes, z.length, z.terminable, rng)
+    return z, self.score(draft.plan.query_ids[draft.fresh], z, wanted)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
     n = self._config.sampler.num_samples
@@ -224,7 +252,7 @@ class DemonstrationCollector(Collector):
   so it is where devices or micro-batches could not share the prompts evenly.
   """
 
-  def score(self, ids: np.ndarray, z: Trajectory) -> np.ndarray:
+  def score(self, ids, z, wanted):
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
   def seed_replay(self) -> np.ndarray:

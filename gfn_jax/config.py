@@ -64,6 +64,8 @@ def base_config() -> ml_collections.ConfigDict:
     "loss": c({
       "name": "subtb",
       "subtb_lambda": 1.0,
+      # subtb, db: score so many prefixes of a sample, drawn at random, itself among them; None: all.
+      "num_prefixes": ml_collections.config_dict.placeholder(int),
       "log_partition_learning_rate": 0.1,  # tb only: one learned log_partition per training query
     }),
     # Proximal policy optimisation, as the paper's baseline: section 4.4 and, where it is silent, TRL's defaults.
@@ -269,6 +271,8 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   ):  # fmt: skip
     _require(0 <= flat[field] <= 1, f"config.{field} is {flat[field]}: must lie between 0 and 1")
   _require(config.lora.dropout < 1, f"config.lora.dropout is {config.lora.dropout}: must be below 1")
+  n = config.loss.num_prefixes
+  _require(n is None or n >= 2, f"config.loss.num_prefixes is {n}: must be at least 2, a pair")
   _require(config.loss.subtb_lambda > 0, f"config.loss.subtb_lambda is {config.loss.subtb_lambda}: must be above 0")
   for field in ("behavior.temperature_low", "behavior.temperature_high", "eval.temperature"):
     _require(1e-6 <= flat[field] <= 1e6, f"config.{field} is {flat[field]}: must lie between 1e-6 and 1e6")

@@ -25,6 +25,7 @@ from jaxtyping import Bool, Float, Int
 from gfn_jax.types import Acts, Array
 
 LOSS_NAMES = ("subtb", "tb", "vargrad", "db")  # GFlowNet objectives: what config.loss.name may be
+PREFIX_LOSSES = ("subtb", "db")  # which compare prefixes of a sample, and not whole samples alone
 
 Terms = tuple[Float[jax.Array, ""], Float[jax.Array, ""]]
 

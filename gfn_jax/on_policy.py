@@ -67,10 +67,6 @@ class OnPolicyCollector(Collector):
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 
-  def score(self, ids, z):
-    whole = np.arange(z.tokens.shape[1] + 1) == z.length[:, None]
-    return self._reward(self.table[ids], z.tokens, z.length, whole)
-
   def seed_replay(self) -> np.ndarray:
     """Nothing: there is no buffer."""
     return np.zeros(0, np.float32)

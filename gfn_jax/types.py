@@ -168,7 +168,9 @@ class Batch:
   Attributes:
     prompt_tokens: int [Q, P], left-padded; prompt_mask: bool [Q, P].
     query_ids: int [Q], rows of the training set.
-    tokens, length, action_mask, terminable: as in `Trajectory`.
+    tokens, length, action_mask: as in `Trajectory`.
+    terminable: bool [B, S], the prefixes that enter the objective: of those where stopping is possible, the ones that
+      have been scored.
     log_reward_untempered: float [B, S].
     trees: of the trajectories' prefixes.
     acts: of policy-gradient methods alone.

@@ -143,7 +143,7 @@ def test_rewards_count_each_distinct_prefix_once():
     trunk_pairs += pairs + sum(context + prompts[q] + len(p) for p in prefixes - {()})
     n, pairs = counted([(max(y - 1, 0), context + prompts[q] + len(p)) for p in ends for y in targets[q]])
     branch_tokens, branch_pairs = branch_tokens + n, branch_pairs + pairs
-  trunk, branches = work.rewards(np.array(prompts), np.array(targets), z, context)
+  trunk, branches = work.rewards(np.array(prompts), np.array(targets), z, context, z.terminable)
   assert (trunk.tokens, trunk.pairs, trunk.outputs) == (trunk_tokens, trunk_pairs, trunk_tokens - 5 + 2)
   assert (branches.tokens, branches.pairs, branches.outputs) == (branch_tokens, branch_pairs, branch_tokens)
   assert branch_tokens == (2 + 1) * 5  # four prefixes of three tokens, one that the tool ended; Y of one: none

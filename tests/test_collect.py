@@ -1,4 +1,5 @@
-"""Which demonstrations a supervised step learns from, and how they share their prompts."""
+"""Which prefixes of a step's samples are scored; which demonstrations a supervised step learns from, and how they share
+their prompts."""
 
 from types import SimpleNamespace
 
@@ -6,10 +7,12 @@ import jax
 import numpy as np
 import pytest
 
-from gfn_jax.collect import DemonstrationCollector
+from gfn_jax.collect import Collector, DemonstrationCollector, scored_prefixes
 from gfn_jax.config import base_config
 from gfn_jax.data import query_table
-from gfn_jax.types import Example
+from gfn_jax.models import Lora, LoraConfig
+from gfn_jax.sampler import Rollout
+from gfn_jax.types import Example, Trajectory
 
 MAX_LENGTH, KEY = 4, jax.random.key(0)
 
@@ -68,3 +71,65 @@ def test_every_demonstration_has_its_turn():
   collector = make_collector("aaaabbbb", 4)
   seen = {z for step in range(40) for _, z in rows_of(collector({}, step, KEY)[0])}
   assert seen == set(range(8))
+
+
+LENGTH, TERMINABLE = np.array([6, 2, 0]), np.zeros((3, 8), bool)
+TERMINABLE[0, [0, 1, 3, 4, 6]] = TERMINABLE[1, [0, 1, 2]] = TERMINABLE[2, 0] = True
+
+
+def test_prefixes_that_an_objective_reads():
+  whole = np.zeros((3, 8), bool)
+  whole[[0, 1, 2], LENGTH] = True
+  for objective in ("tb", "vargrad", "ppo", "grpo"):
+    np.testing.assert_array_equal(scored_prefixes(objective, 3, LENGTH, TERMINABLE), whole)
+  rng = np.random.default_rng(0)
+  for objective in ("subtb", "db"):
+    np.testing.assert_array_equal(scored_prefixes(objective, None, LENGTH, TERMINABLE), TERMINABLE)
+    counts = np.zeros((3, 8))
+    for _ in range(3000):
+      drawn = scored_prefixes(objective, 3, LENGTH, TERMINABLE, rng)
+      assert (drawn <= TERMINABLE).all() and (drawn | ~whole).all()
+      np.testing.assert_array_equal(drawn.sum(1), [3, 3, 1])
+      counts += drawn
+    np.testing.assert_allclose(counts[0, [0, 1, 3, 4]] / 3000, 2 / 4, atol=0.04)  # uniform, four standard errors
+
+
+def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_ones():
+  config = base_config()
+  config.train.num_queries, config.sampler.num_samples, config.sampler.max_length = 2, 3, 5
+  config.loss.num_prefixes, config.behavior.buffer, config.behavior.tempered = 2, 0.5, 0.0
+  config.replay.similarity = 0.0
+  examples = [Example(p, None, "", "") for p in "ab"]
+  task = SimpleNamespace(
+    examples=examples, num_seeded=2, encode_prompt=lambda text: list(text.encode()), encode_after=lambda text: [],
+    is_right=lambda example, z: None,
+  )  # fmt: skip
+  asked, rng = [], np.random.default_rng(0)
+
+  def reward(queries, tokens, length, wanted):
+    asked.append(wanted)
+    return np.where(wanted, tokens[:, :1] + np.arange(6), 0).astype(np.float32)
+
+  def begin(lora, prompt_tokens, prompt_mask, **_):
+    return Rollout(len(prompt_tokens), lora, None, np.ones(1), None)
+
+  def finish(rollout, on_round):
+    rows = rollout.num_queries * config.sampler.num_samples
+    tokens = rng.integers(1, 100, (rows, 5)).astype(np.int32)
+    chosen = np.tile(np.arange(5) < 4, (rows, 1))
+    return Trajectory(tokens, np.full(rows, 4), chosen, np.zeros((rows, 5)), np.zeros((rows, 6)))
+
+  sampler = SimpleNamespace(devices=[None], begin=begin, finish=finish)
+  pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64))
+  parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=reward, pretrained=pretrained)
+  collector = Collector(parts, query_table(examples, task, 64, 5))
+  known = {}
+  for step in range(6):
+    batch, _ = collector({"lora": Lora({}, LoraConfig(1, 1.0, ()))}, step, KEY)
+    np.testing.assert_array_equal(batch.terminable.sum(1), 2)
+    assert batch.terminable[:, 4].all() and not batch.terminable[:, 5].any()
+    for tokens, terminable, log_reward in zip(batch.tokens, batch.terminable, batch.log_reward_untempered):
+      np.testing.assert_array_equal(log_reward[terminable], (tokens[0] + np.arange(6))[terminable])
+      np.testing.assert_array_equal(known.setdefault(tuple(tokens[:4]), terminable), terminable)
+  assert len(known) == 3 * (2 + 5)  # the first step samples both queries, the others one
+  assert len({tuple(row) for wanted in asked for row in wanted}) == 4

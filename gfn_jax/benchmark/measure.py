@@ -117,7 +117,7 @@ class PhaseTimer:
   def __init__(self, steps: Steps):
     self._steps, self._watch = steps, Stopwatch()
     self._run = dataclasses.replace(steps.run, update=self._update)
-    self._fresh: tuple[np.ndarray, Trajectory] | None = None
+    self._fresh: tuple[np.ndarray, Trajectory, np.ndarray] | None = None
     self._batch: Any = None
 
   @contextlib.contextmanager
@@ -132,9 +132,9 @@ class PhaseTimer:
       watch.calls[-1].trips = work.decode_trips(active, length, state)
       return state
 
-    def seen(ids, z):
-      self._fresh = ids, z
-      return score(ids, z)
+    def seen(ids, z, wanted):
+      self._fresh = ids, z, wanted
+      return score(ids, z, wanted)
 
     with contextlib.ExitStack() as stack:
       place = lambda *args: stack.enter_context(in_place_of(*args))  # noqa: E731
@@ -177,7 +177,7 @@ class PhaseTimer:
 
   def _count_sampling(self, found: dict[str, dict[str, float]], trips: float) -> None:
     """Adds what prefill and decode must compute and, in `trips` of its loop on each device, read."""
-    parts, (ids, z), lora = self._run.parts, self._fresh, self._steps.lora
+    parts, (ids, z, _), lora = self._run.parts, self._fresh, self._steps.lora
     model, prompt_mask = parts.pretrained.config, self._run.collector.table[ids].prompt_mask
     prompt, sampler = prompt_mask.sum(-1), parts.config.sampler
     rows = work.samples(np.repeat(prompt, sampler.num_samples), z.length, sampler.max_length)
@@ -196,13 +196,13 @@ class PhaseTimer:
 
   def _count_reward(self, phase: dict[str, float]) -> None:
     """Adds what the frozen LM must compute, trunk and branches apart."""
-    parts, (ids, z) = self._run.parts, self._fresh
+    parts, (ids, z, wanted) = self._run.parts, self._fresh
     if not isinstance(parts.reward, Reward):
       return
     queries = self._run.collector.table[ids]
     context = len(parts.task.context_tokens(parts.config.reward.num_demonstrations))
     _, target_mask = parts.reward.targets(queries)
-    passes = work.rewards(queries.reward_prompt_mask.sum(-1), target_mask.sum(-1), z, context)
+    passes = work.rewards(queries.reward_prompt_mask.sum(-1), target_mask.sum(-1), z, context, wanted)
     for name, one in zip(("trunk", "branches"), passes):
       phase |= {f"flops_{name}": one.forward(parts.pretrained.config, None), f"tokens_{name}": float(one.tokens)}
       phase["flops_by_hand"] += phase[f"flops_{name}"]

@@ -7,7 +7,7 @@ stands before it. Logits are needed where a token or a stop is scored.
 import dataclasses
 from typing import Any
 
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 from gfn_jax.flops import backward_flops, forward_flops
@@ -71,26 +71,29 @@ def prefixes(
 
 
 def rewards(
-  prompt_length: Int[np.ndarray, "Q"], target_length: Int[np.ndarray, "Q L"], z: Trajectory, context: int
+  prompt_length: Int[np.ndarray, "Q"],
+  target_length: Int[np.ndarray, "Q L"],
+  z: Trajectory,
+  context: int,
+  wanted: Bool[np.ndarray, "B S"],
 ) -> tuple[Pass, Pass]:
-  """Trunk, prompts included, and branches: each target behind every distinct prefix where stopping is possible.
+  """Trunk, prompts included, and branches: each target behind every distinct prefix that is wanted.
 
   A prior p(Z) is a pass of its own, and is not counted.
 
   Args:
     prompt_length: of X as the reward reads it; target_length: of Y and the rivals that it scores; 0 for none.
-    z: B = Q * N samples.
+    z: B = Q * N samples; `wanted`: of their prefixes.
     context: tokens before every prompt, whose keys and values are there already.
   """
   trunk, branches = prompts(prompt_length, before=context), Pass()
   num_samples = len(z.tokens) // len(prompt_length)
-  terminable = z.terminable
   for q, targets in enumerate(target_length):
     rows = slice(q * num_samples, (q + 1) * num_samples)
     tree = build_tree(z.tokens[rows], z.length[rows])
     before, depths = context + int(prompt_length[q]), np.append(tree.depths, 0)
     trunk += Pass(len(tree.tokens), int((before + tree.depths).sum()), len(tree.tokens))
-    ends = np.unique(tree.node_of[terminable[rows]])
+    ends = np.unique(tree.node_of[wanted[rows]])
     for n in (targets[targets > 0] - 1).tolist():  # the trunk scores a target's first token
       branches += Pass(n * len(ends), int((n * (before + depths[ends]) + n * (n + 1) // 2).sum()), n * len(ends))
   return trunk, branches
