@@ -1,6 +1,6 @@
 """Orbax checkpoints of everything that decides the next step: train state and replay buffer. Orbax stays in here."""
 
-import pathlib
+import os
 from typing import Any
 
 from absl import logging
@@ -8,14 +8,17 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gfn_jax.files import is_remote, to_path
+
 
 class Checkpoints:
   """Asynchronous saves into a folder; restores the newest whole one."""
 
-  def __init__(self, folder: str | pathlib.Path, keep: int | None):
+  def __init__(self, folder: str | os.PathLike, keep: int | None):
     """`keep`: how many of the newest to keep; None for all."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    self._folder = pathlib.Path(folder).absolute()
+    folder = to_path(folder)
+    self._folder = folder if is_remote(folder) else folder.absolute()
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def save(self, step: int, state: Any, replay: dict[str, np.ndarray]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 import json
 import math
 import os
-import pathlib
 import time
 
 import jax
@@ -24,7 +23,7 @@ from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
-from gfn_jax.files import write_text
+from gfn_jax.files import Path, write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
@@ -34,7 +33,7 @@ from gfn_jax.train import reward_temperature, train
 MICRO_BATCH = 32  # rows of one backward pass of the M-step
 
 
-def e_step(config: ml_collections.ConfigDict, adapter: pathlib.Path | None) -> ml_collections.ConfigDict:
+def e_step(config: ml_collections.ConfigDict, adapter: Path | None) -> ml_collections.ConfigDict:
   """The run that fits q; `adapter`: of the LM that the last M-step left."""
   step = config.copy_and_resolve_references()
   with step.unlocked():
@@ -43,7 +42,7 @@ def e_step(config: ml_collections.ConfigDict, adapter: pathlib.Path | None) -> m
   return step
 
 
-def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_length: int) -> ml_collections.ConfigDict:
+def m_step(config: ml_collections.ConfigDict, rationales: Path, max_length: int) -> ml_collections.ConfigDict:
   """The run that fits a fresh adapter of the LM to `rationales`, supervised; `max_length`: tokens of Z and Y."""
   em, step = config.em, config.copy_and_resolve_references()
   with step.unlocked():
@@ -62,7 +61,7 @@ def m_step(config: ml_collections.ConfigDict, rationales: pathlib.Path, max_leng
 
 
 def sample_rationales(
-  config: ml_collections.ConfigDict, adapter: pathlib.Path, output: pathlib.Path, on_round: Callable[[], None]
+  config: ml_collections.ConfigDict, adapter: Path, output: Path, on_round: Callable[[], None]
 ) -> int:
   """Draws config.em.num_rationales Z a training query from q, at temperature 1, into JSON lines of X, Z, Y.
 
@@ -90,7 +89,7 @@ def sample_rationales(
 
 
 def evaluate_pair(
-  config: ml_collections.ConfigDict, sampler: pathlib.Path, conclusions: pathlib.Path, on_round: Callable[[], None]
+  config: ml_collections.ConfigDict, sampler: Path, conclusions: Path, on_round: Callable[[], None]
 ) -> dict[str, float]:
   """The test of q's reasons with the fine-tuned LM's conclusions: "subj/gfn_sft/accuracy/10", ..."""
   step = e_step(config, conclusions)
@@ -104,7 +103,7 @@ def evaluate_pair(
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
 
-def _read(path: pathlib.Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
+def _read(path: Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
   results = json.loads(path.read_text())
   return {k: v for k, v in results.items() if k.startswith(f"{config.task}/")}
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from gfn_jax import cli
 from gfn_jax.checkpoint import Checkpoints
-from gfn_jax.files import read_json
+from gfn_jax.files import Path, read_json, to_path
 from gfn_jax.models import (
   Lora,
   LoraConfig,
@@ -29,7 +29,7 @@ from gfn_jax.models.hf import DTYPES
 FORMATS = ("peft", "merged")
 
 
-def load_checkpoint(path: pathlib.Path, model: str | None, dtype: str | None) -> tuple[Pretrained, Lora]:
+def load_checkpoint(path: Path, model: str | None, dtype: str | None) -> tuple[Pretrained, Lora]:
   """The base and the adapter of a run.
 
   Args:
@@ -85,7 +85,7 @@ def main() -> int:
   output = pathlib.Path(_OUTPUT.value)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"--output={output} exists: name a new or empty folder")
-  base, lora = load_checkpoint(pathlib.Path(_CHECKPOINT.value), _MODEL.value, _DTYPE.value)
+  base, lora = load_checkpoint(to_path(_CHECKPOINT.value), _MODEL.value, _DTYPE.value)
   if _FORMAT.value == "peft":
     save_adapter(output, lora, base)
   else:

@@ -1,16 +1,49 @@
-"""Files that stand whole or not at all."""
+"""Files that stand whole or not at all, in folders and at gs:// URLs."""
 
 from collections.abc import Iterator
 import contextlib
+import importlib.util
 import json
 import os
 import pathlib
+import tempfile
+
+from etils import epath
+
+Path = pathlib.Path | epath.Path  # of a folder or file on this machine, or at a gs:// URL
+
+
+def to_path(name: str | os.PathLike) -> Path:
+  """The path of that name: Python's own, and etils' for a gs:// URL.
+
+  Raises:
+    ValueError: another kind of URL, or gs:// without what reads it.
+  """
+  name = os.fspath(name)
+  if "://" not in name:
+    return pathlib.Path(name)
+  if not name.startswith("gs://"):
+    raise ValueError(f"{name!r} is no folder and no gs:// URL")
+  if importlib.util.find_spec("gcsfs") is None and importlib.util.find_spec("tensorflow") is None:
+    raise ValueError(f"{name!r}: gs:// needs gcsfs: pip install 'gfn-jax[gcs]'")
+  return epath.Path(name)
+
+
+def is_remote(path: Path) -> bool:
+  """Whether it is a URL, where nothing can be appended to and what is written is whole."""
+  return isinstance(path, epath.Path)
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-  """A temporary name to write to; what was written takes the place of `path` at the end."""
-  path = pathlib.Path(path)
+  """A temporary file, of this machine, to write to; what was written takes the place of `path` at the end."""
+  path = to_path(path)
+  if is_remote(path):
+    with tempfile.TemporaryDirectory() as folder:
+      temporary = pathlib.Path(folder) / path.name
+      yield temporary
+      path.write_bytes(temporary.read_bytes())
+    return
   temporary = path.with_name(path.name + ".tmp")
   yield temporary
   temporary.replace(path)
@@ -38,7 +71,7 @@ def check_output(path: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def read_json(path: pathlib.Path) -> dict:
+def read_json(path: Path) -> dict:
   """The object in a JSON file.
 
   Raises:
@@ -53,7 +86,7 @@ def read_json(path: pathlib.Path) -> dict:
   return content
 
 
-def finished_steps(workdir: pathlib.Path) -> int:
+def finished_steps(workdir: Path) -> int:
   """The steps that results.json stands for; 0 where there is none."""
   try:
     return int(json.loads((workdir / "results.json").read_text())["meta/num_steps"])

@@ -5,7 +5,6 @@ python -m gfn_jax.generate --adapter=DIR --prompt="Once upon a time" --target=" 
 """
 
 import json
-import pathlib
 from typing import Any
 
 from absl import flags
@@ -19,7 +18,7 @@ from gfn_jax.config import validate
 from gfn_jax.data import query_table
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.experiment import build
-from gfn_jax.files import check_output, read_json, write_text
+from gfn_jax.files import check_output, read_json, to_path, write_text
 from gfn_jax.metrics import scores_text
 from gfn_jax.models import Pretrained, load_adapter, load_pretrained
 from gfn_jax.parallel import Devices, place
@@ -32,7 +31,7 @@ MAX_LENGTH = 32  # tokens, where neither --max_length nor a config says
 
 def base_of(adapter: str) -> tuple[str | None, str | None]:
   """The base model that an adapter names, if it does, and its revision. ValueError for a folder without an adapter."""
-  file = pathlib.Path(adapter) / "adapter_config.json"
+  file = to_path(adapter) / "adapter_config.json"
   if not file.is_file():
     raise ValueError(f"{adapter} is no adapter: {file.name} is missing")
   options = read_json(file)

@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import sys
+import tempfile
 import time
 from typing import Any
 import uuid
@@ -14,7 +15,7 @@ import uuid
 import tensorboardX
 import tqdm
 
-from gfn_jax.files import write_text
+from gfn_jax.files import Path, is_remote, to_path, write_text
 
 
 def scores_text(record: Mapping[str, Any]) -> str:
@@ -24,7 +25,7 @@ def scores_text(record: Mapping[str, Any]) -> str:
   return "  ".join(parts)
 
 
-def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
+def truncate_jsonl(path: Path, last_step: int) -> None:
   """Drops what a run that goes on after `last_step` will write anew: later steps, an evaluation of that very state, and
   a line that a kill cut short."""
   if not path.exists():
@@ -42,16 +43,19 @@ def truncate_jsonl(path: pathlib.Path, last_step: int) -> None:
 
 def read_jsonl(path: str | os.PathLike) -> list[dict]:
   """The records of a run's metrics.jsonl or samples.jsonl; [] where there is none."""
-  path = pathlib.Path(path)
+  path = to_path(path)
   return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 class MetricsWriter:
-  """Writes a run's metrics; the first process has one, the others a `SilentWriter`. A context manager."""
+  """Writes a run's metrics; the first process has one, the others a `SilentWriter`. A context manager.
+
+  Of a workdir at a URL it writes a copy on this machine, which `publish` puts there.
+  """
 
   def __init__(
     self,
-    workdir: pathlib.Path,
+    workdir: Path,
     first_step: int,
     num_steps: int,
     *,
@@ -69,14 +73,20 @@ class MetricsWriter:
     """
     for name in ("metrics.jsonl", "samples.jsonl"):
       truncate_jsonl(workdir / name, first_step)
-    self._metrics = (workdir / "metrics.jsonl").open("a")
-    self._samples = (workdir / "samples.jsonl").open("a")
-    self._board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step + 1)
+    self._workdir, self._folder = workdir, workdir
+    if is_remote(workdir):
+      self._copy = tempfile.TemporaryDirectory()
+      self._folder = pathlib.Path(self._copy.name)
+      for name in filter(lambda name: (workdir / name).exists(), ("metrics.jsonl", "samples.jsonl")):
+        (self._folder / name).write_bytes((workdir / name).read_bytes())
+    self._metrics = (self._folder / "metrics.jsonl").open("a")
+    self._samples = (self._folder / "samples.jsonl").open("a")
+    self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1)
     self._bar = tqdm.tqdm(
       total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )
     self._num_steps = num_steps
-    self._wandb = None if wandb_project is None else _start_wandb(workdir, wandb_project, config)
+    self._wandb = None if wandb_project is None else _start_wandb(workdir, self._folder, wandb_project, config)
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -86,6 +96,7 @@ class MetricsWriter:
     self._metrics.close()
     self._samples.close()
     self._board.close()
+    self.publish()
     if self._wandb is not None:
       self._wandb.finish()
 
@@ -97,6 +108,13 @@ class MetricsWriter:
       self._board.add_scalar(name, value, step)
     if self._wandb is not None:
       self._wandb.log(dict(values), step=step)
+
+  def publish(self) -> None:
+    """What has been written is where the run stands, and outlives this machine: before a checkpoint, and at the end."""
+    if self._folder is not self._workdir:
+      self._board.flush()
+      for file in (*self._folder.glob("*.jsonl"), *self._folder.glob("tensorboard/*")):
+        (self._workdir / file.relative_to(self._folder)).write_bytes(file.read_bytes())
 
   def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
     """Samples of an evaluation, a JSON line each."""
@@ -135,6 +153,9 @@ class SilentWriter(MetricsWriter):
   def write_samples(self, step: int, records: list[dict[str, Any]]) -> None:
     """Nothing."""
 
+  def publish(self) -> None:
+    """Nothing."""
+
   def progress(self, step: int, shown: Mapping[str, str], eta_seconds: float) -> None:
     """Nothing."""
 
@@ -142,7 +163,7 @@ class SilentWriter(MetricsWriter):
     """Nothing."""
 
 
-def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:
+def _start_wandb(workdir: Path, folder: pathlib.Path, project: str, config: Mapping[str, Any] | None) -> Any:
   """A run of Weights & Biases: the same one whenever this workdir goes on."""
   try:
     import wandb
@@ -152,7 +173,7 @@ def _start_wandb(workdir: pathlib.Path, project: str, config: Mapping[str, Any] 
   if not file.exists():
     write_text(file, uuid.uuid4().hex[:8])
   return wandb.init(
-    project=project, id=file.read_text(), resume="allow", name=workdir.name, config=dict(config or {}), dir=str(workdir)
+    project=project, id=file.read_text(), resume="allow", name=workdir.name, config=dict(config or {}), dir=str(folder)
   )  # fmt: skip
 
 

@@ -4,10 +4,10 @@ Never by the mean log-likelihood, which a policy that has collapsed onto one mod
 """
 
 import math
-import pathlib
 from typing import Any
 
 from gfn_jax import distributed
+from gfn_jax.files import Path
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.models import Lora, Pretrained, load_adapter, save_adapter
 
@@ -22,7 +22,7 @@ class Selection:
     best_step: of the best evaluation; None before the first.
   """
 
-  def __init__(self, settings: Any, workdir: pathlib.Path, metric: str):
+  def __init__(self, settings: Any, workdir: Path, metric: str):
     self._keeps_best, self._patience, self._metric = settings.keep == "best", settings.patience, metric
     self._folder = workdir / "best"
     self._history = [(r["step"], r[metric]) for r in read_jsonl(workdir / "metrics.jsonl") if metric in r]

@@ -8,7 +8,7 @@ holds.
 from collections.abc import Callable, Iterator
 import dataclasses
 import functools
-import pathlib
+import os
 import time
 from typing import Any
 
@@ -26,6 +26,7 @@ from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.evaluators.suite import Suite
 from gfn_jax.experiment import build
+from gfn_jax.files import Path
 from gfn_jax.metrics import MetricsWriter, SilentWriter, StepLog
 from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora, load_adapter, save_adapter
 from gfn_jax.models.architectures import ModelConfig, lora_targets
@@ -188,7 +189,7 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   return Run(parts, suite, collector, share, update, shardings), jax.device_put(state, shardings)
 
 
-def _open_writer(config: ml_collections.ConfigDict, workdir: pathlib.Path, first_step: int) -> MetricsWriter:
+def _open_writer(config: ml_collections.ConfigDict, workdir: Path, first_step: int) -> MetricsWriter:
   """Of metrics, in the first process; all of them go on when its files stand as the run left them."""
   writer = SilentWriter()
   if distributed.is_first():
@@ -199,7 +200,7 @@ def _open_writer(config: ml_collections.ConfigDict, workdir: pathlib.Path, first
   return writer
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int:
+def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
 
   Several processes make one run: all call this, and the first one writes the files (checkpoints are written by all).
@@ -278,6 +279,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         log.step(done, metrics, sampled)
         if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:
           log.flush()
+          writer.publish()
           checkpoints.save(done, state, collector.to_arrays())
       profiler.stop()
       checkpoints.wait()
@@ -300,6 +302,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | pathlib.Path) -> int
         contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       log.flush()
+      writer.publish()
       checkpoints.wait()
       checkpoints.save(int(state.step), state, collector.to_arrays())
       checkpoints.wait()

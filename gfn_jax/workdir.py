@@ -14,22 +14,22 @@ import ml_collections
 
 from gfn_jax import distributed
 from gfn_jax.config import first_difference, flatten, num_micro_batches
+from gfn_jax.files import Path, is_remote, to_path, write_text
 from gfn_jax.files import finished_steps as finished_steps
-from gfn_jax.files import write_text
 from gfn_jax.models import Pretrained
 from gfn_jax.version import __version__
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pathlib.Path:
+def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Path:
   """Makes the folder, or checks that it holds a run of this config. Called by all processes.
 
   Raises:
-    ValueError: the folder cannot be written, is not one folder to all processes, or holds another run; names the first
+    ValueError: the folder or URL cannot be written, is not one to all processes, or holds another run; names the first
       field that differs.
   """
-  path = pathlib.Path(workdir)
-  if "://" in os.fspath(workdir):  # as a path it would be a local folder, lost with the machine
-    raise ValueError(f"workdir {os.fspath(workdir)!r} is no folder: mount the file system, and name its path")
+  path = to_path(workdir)
+  if is_remote(path) and config.profile:
+    raise ValueError(f"config.profile: a trace is written into a folder, and {os.fspath(path)!r} is a URL")
   try:
     path.mkdir(parents=True, exist_ok=True)
     probes = [path / f".writable{index}" for index in range(jax.process_count())]
@@ -39,13 +39,16 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> pa
     if distributed.any_of(not shared):
       raise ValueError(f"workdir {os.fspath(path)!r} is not the same folder to all {len(probes)} processes")
     probes[jax.process_index()].unlink()
-  except OSError as e:
-    raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {e.strerror}") from None
+  except Exception as e:  # a bucket's libraries have many
+    if isinstance(e, ValueError) or not (is_remote(path) or isinstance(e, OSError)):
+      raise
+    reason = getattr(e, "strerror", None) or (str(e).strip() or type(e).__name__).splitlines()[0]
+    raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {reason}") from None
   require_same_config(config, path / "config.json")
   return path
 
 
-def require_same_config(config: ml_collections.ConfigDict, record: pathlib.Path) -> None:
+def require_same_config(config: ml_collections.ConfigDict, record: Path) -> None:
   """Raises ValueError where `record`, as `write_config` writes it, is of another run; it may be missing."""
   if not record.exists():
     return
@@ -78,7 +81,7 @@ def git_commit() -> str:
     return "unknown"
 
 
-def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
+def write_config(workdir: Path, config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> None:
   """config.json: the resolved config, versions, commit and devices. The first process writes."""
   if not distributed.is_first():
     return
@@ -107,7 +110,7 @@ def write_config(workdir: pathlib.Path, config: ml_collections.ConfigDict, devic
   write_text(workdir / "config.json", json.dumps(record, indent=2) + "\n")
 
 
-def write_results(path: pathlib.Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
+def write_results(path: Path, config: ml_collections.ConfigDict, results: Mapping, seconds: float) -> None:
   """results.json: one flat object; everything timed under time/."""
   record = dict(results) | {
     "meta/seed": config.seed,
@@ -120,7 +123,7 @@ def write_results(path: pathlib.Path, config: ml_collections.ConfigDict, results
 
 
 def write_model_card(
-  workdir: pathlib.Path,
+  workdir: Path,
   config: ml_collections.ConfigDict,
   pretrained: Pretrained,
   results: Mapping[str, float],
@@ -165,7 +168,7 @@ def plan(
   trained: Any,
   devices: Sequence[jax.Device],
   first_step: int,
-  workdir: pathlib.Path,
+  workdir: Path,
 ) -> str:
   """What is about to run, in a few lines."""
   # A quantised kernel's scales are no parameters of their own.

@@ -82,7 +82,7 @@ CASES = {
   "batch that does not divide": ([ARITH, "--config.train.micro_batch_queries=5"], ["num_queries", "queries 5"]),
   "unknown loss": ([ARITH, "--config.loss.name=l2"], ["'l2'", "subtb, tb, vargrad, db"]),
   "unwritable workdir": ([SMOKE, "--workdir={}/file/run"], ["{}/file/run", "cannot be written", "Not a directory"]),
-  "remote workdir": ([SMOKE, "--workdir=gs://bucket/run"], ["'gs://bucket/run'", "mount the file system"]),
+  "remote workdir": ([SMOKE, "--workdir=s3://bucket/run"], ["'s3://bucket/run'", "no gs:// URL"]),
   "groups that devices do not fill": ([SMOKE, "--config.mesh.model=2"], ["config.mesh.model 2", "1 devices"]),
   "no device for a model": ([SMOKE, "--config.mesh.model=0"], ["config.mesh.model 0"]),
   "grpo of one sample": (

@@ -5,6 +5,8 @@ import json
 import os
 import string
 
+from gfn_jax.files import to_path
+
 
 def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
   """The objects of a JSON-lines file, each with its line number (from 1), as they are read; blank lines are left out.
@@ -13,7 +15,7 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
     ValueError: the file cannot be read, or a line is no JSON object; one line that names file and line.
   """
   try:
-    with open(path, "rb") as file:
+    with to_path(path).open("rb") as file:
       for number, line in enumerate(file, start=1):
         try:
           line = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()

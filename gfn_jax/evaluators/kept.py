@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 import json
-import pathlib
 from typing import Any
 
 from gfn_jax import distributed
-from gfn_jax.files import read_json, write_text
+from gfn_jax.files import Path, read_json, write_text
 
 
 class KeptRows:
@@ -20,7 +19,7 @@ class KeptRows:
     ValueError: the file is damaged.
   """
 
-  def __init__(self, path: pathlib.Path, of: str):
+  def __init__(self, path: Path, of: str):
     self._path, self._of = path, of
     there = read_json(path) if path.exists() else {}
     self._rows: dict[str, Any] = there["rows"] if there.get("of") == of else {}

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-import pathlib
+import os
 from typing import TYPE_CHECKING, Any
 
 import flax.struct
@@ -12,7 +12,7 @@ import numpy as np
 from safetensors import SafetensorError
 import safetensors.numpy
 
-from gfn_jax.files import read_json, replacing, write_text
+from gfn_jax.files import read_json, replacing, to_path, write_text
 from gfn_jax.models.architectures import ARCHITECTURES, ModelConfig, lora_targets, peft_names
 
 if TYPE_CHECKING:
@@ -74,12 +74,12 @@ def _peft_name(model: ModelConfig, projection: str, layer: int, leaf: str) -> st
   return f"base_model.model.{module}.lora_{leaf}.weight"
 
 
-def save_adapter(path: str | pathlib.Path, lora: Lora, pretrained: "Pretrained") -> None:
+def save_adapter(path: str | os.PathLike, lora: Lora, pretrained: "Pretrained") -> None:
   """Writes adapter_config.json and adapter_model.safetensors as `peft.PeftModel.from_pretrained` reads them.
 
   Both files are written to a temporary name and renamed.
   """
-  path = pathlib.Path(path)
+  path = to_path(path)
   path.mkdir(parents=True, exist_ok=True)
   model, modules = pretrained.config, ARCHITECTURES[pretrained.config.family].modules
   tensors = {}
@@ -123,19 +123,19 @@ _PEFT_IGNORED = (
 )  # fmt: skip
 
 
-def load_adapter(path: str | pathlib.Path, pretrained: "Pretrained") -> Lora:
+def load_adapter(path: str | os.PathLike, pretrained: "Pretrained") -> Lora:
   """Reads a PEFT LoRA adapter for `pretrained`.
 
   Raises:
     ValueError: missing or damaged files, unsupported options, or an adapter of another model; named in one line.
   """
-  path, model = pathlib.Path(path), pretrained.config
+  path, model = to_path(path), pretrained.config
   for name in ("adapter_config.json", "adapter_model.safetensors"):
     if not (path / name).is_file():
       raise ValueError(f"{path} is no adapter: {name} is missing")
   options = read_json(path / "adapter_config.json")
   try:
-    tensors = safetensors.numpy.load_file(path / "adapter_model.safetensors")
+    tensors = safetensors.numpy.load((path / "adapter_model.safetensors").read_bytes())
   except (SafetensorError, AttributeError) as e:  # the latter for types that NumPy lacks
     raise ValueError(f"{path / 'adapter_model.safetensors'} is damaged: {e}") from None
   for option, value in options.items():

@@ -1,8 +1,8 @@
 """A run's pictures, from its metrics.jsonl and samples.jsonl."""
 
 import os
-import pathlib
 
+from gfn_jax.files import Path, to_path
 from gfn_jax.plots.curves import plot_curves
 from gfn_jax.plots.frontier import plot_frontier
 from gfn_jax.plots.numbers import plot_numbers
@@ -13,8 +13,8 @@ TASK_PLOTS = {  # beside the curves, which every task has
 }
 
 
-def plot_run(workdir: str | os.PathLike, task: str) -> list[pathlib.Path]:
+def plot_run(workdir: str | os.PathLike, task: str) -> list[Path]:
   """Writes plots/*.png; returns what was written."""
-  workdir = pathlib.Path(workdir)
+  workdir = to_path(workdir)
   extra = TASK_PLOTS.get(task)
   return plot_curves(workdir, task) + (extra(workdir) if extra else [])

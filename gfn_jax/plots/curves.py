@@ -1,17 +1,17 @@
 """What a run tells while it trains, over its steps."""
 
 from collections.abc import Mapping, Sequence
-import pathlib
 
 import numpy as np
 
+from gfn_jax.files import Path
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.plots.figure import figure
 
 Points = Sequence[tuple[int, float]]
 
 
-def _draw(path: pathlib.Path, title: str, ylabel: str, curves: Mapping[str, Points], limits=None) -> list[pathlib.Path]:
+def _draw(path: Path, title: str, ylabel: str, curves: Mapping[str, Points], limits=None) -> list[Path]:
   curves = {label: points for label, points in curves.items() if points}
   if not curves:
     return []
@@ -32,7 +32,7 @@ def _draw(path: pathlib.Path, title: str, ylabel: str, curves: Mapping[str, Poin
   return [path]
 
 
-def plot_curves(workdir: pathlib.Path, task: str) -> list[pathlib.Path]:
+def plot_curves(workdir: Path, task: str) -> list[Path]:
   """Writes accuracy, log_reward, loss and log_ratio_variance.png into plots/, as far as metrics.jsonl has them."""
   records, folder = read_jsonl(workdir / "metrics.jsonl"), workdir / "plots"
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import os
-import pathlib
 
 import matplotlib
 
@@ -11,7 +10,7 @@ matplotlib.use("Agg")
 import matplotlib.axes
 import matplotlib.pyplot as plt
 
-from gfn_jax.files import replacing
+from gfn_jax.files import replacing, to_path
 
 
 @contextlib.contextmanager
@@ -26,7 +25,7 @@ def figure(
     ax.grid(alpha=0.3)
     if legend:
       fig.legend(loc="outside lower center", ncols=2)
-    path = pathlib.Path(path)
+    path = to_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
       fig.savefig(temporary, dpi=120, format="png")

@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 import os
-import pathlib
 
 import numpy as np
 
-from gfn_jax.files import read_json
+from gfn_jax.files import Path, read_json, to_path
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.plots.figure import figure
 from gfn_jax.results import label
@@ -26,7 +25,7 @@ def points(results: Mapping[str, float]) -> dict[str, tuple[float, float]]:
   return found
 
 
-def mean_points(workdirs: Sequence[pathlib.Path]) -> dict[tuple[str, float | None], tuple[float, float]]:
+def mean_points(workdirs: Sequence[Path]) -> dict[tuple[str, float | None], tuple[float, float]]:
   """(method, reward temperature) -> its mean point; the temperature is None for what no run has trained."""
   found: dict[tuple[str, float | None], list[tuple[float, float]]] = {}
   for run in workdirs:
@@ -37,13 +36,13 @@ def mean_points(workdirs: Sequence[pathlib.Path]) -> dict[tuple[str, float | Non
   return {key: tuple(np.mean(values, axis=0).tolist()) for key, values in found.items()}
 
 
-def plot_frontier(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike) -> list[pathlib.Path]:
+def plot_frontier(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike) -> list[Path]:
   """The base's decoders, tempered sampling joined by a line, and the policies at each T; means over the runs.
 
   Args:
     workdirs: runs that differ in their reward temperature, their method and their seed. path: the PNG to write.
   """
-  found = mean_points([pathlib.Path(w) for w in workdirs])
+  found = mean_points([to_path(w) for w in workdirs])
   if not found:
     return []
   others = {method: point for (method, temperature), point in found.items() if temperature is None}
@@ -56,9 +55,9 @@ def plot_frontier(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike
         ax.plot(*point, "s", label=label(method))
     for (method, temperature), point in sorted((k, p) for k, p in found.items() if k[1] is not None):
       ax.plot(*point, "*", markersize=12, label=f"{label(method)}, T = {temperature:g}")
-  return [pathlib.Path(path)]
+  return [to_path(path)]
 
 
-def _final(workdir: pathlib.Path) -> dict[str, float]:
+def _final(workdir: Path) -> dict[str, float]:
   """The record of the final evaluation, the only one that tests a method by its name."""
   return next((r for r in reversed(read_jsonl(workdir / "metrics.jsonl")) if points(r)), {})

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 import os
-import pathlib
 
 import numpy as np
 
+from gfn_jax.files import Path, to_path
 from gfn_jax.metrics import read_jsonl
 from gfn_jax.plots.figure import figure
 from gfn_jax.results import label
 
 
-def plot_numbers(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike) -> list[pathlib.Path]:
+def plot_numbers(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike) -> list[Path]:
   """The exact q(n) of each method, the mean over the runs' final evaluations, beside the target, log y.
 
   Args:
@@ -20,7 +20,7 @@ def plot_numbers(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike)
   probabilities: dict[str, dict[int, list[float]]] = {}
   target = {}
   for workdir in workdirs:
-    records = [r for r in read_jsonl(pathlib.Path(workdir) / "samples.jsonl") if "method" in r and "log_q" in r]
+    records = [r for r in read_jsonl(to_path(workdir) / "samples.jsonl") if "method" in r and "log_q" in r]
     last = max((r["step"] for r in records), default=0)
     for r in (r for r in records if r["step"] == last):
       number = int(r["Z"])
@@ -36,4 +36,4 @@ def plot_numbers(workdirs: Sequence[str | os.PathLike], path: str | os.PathLike)
     ax.plot(*zip(*sorted(target.items())), "k--", linewidth=1, label="target")
     ax.set_yscale("log")
     ax.xaxis.get_major_locator().set_params(integer=True)
-  return [pathlib.Path(path)]
+  return [to_path(path)]

@@ -5,11 +5,10 @@ import dataclasses
 import functools
 import math
 import os
-import pathlib
 import re
 from typing import Any
 
-from gfn_jax.files import read_json
+from gfn_jax.files import Path, is_remote, read_json, to_path
 from gfn_jax.metrics import read_jsonl
 
 _OF_A_ROUND = re.compile(r"/round\d+$")  # expectation-maximisation repeats the last round's keys without it
@@ -29,7 +28,7 @@ class Run:
     varied: the config fields that its sweep sets, but for the seed.
   """
 
-  folder: pathlib.Path
+  folder: Path
   config: Mapping[str, Any]
   results: Mapping[str, float]
   commit: str
@@ -55,15 +54,15 @@ class Run:
     return [r for r in records if r["step"] == last]
 
 
-def read_runs(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], list[pathlib.Path]]:
+def read_runs(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], list[Path]]:
   """The finished runs of workdirs and of sweeps' folders, each once, and the workdirs of those that have not ended.
 
   Raises:
     ValueError: a folder is neither, or a file in it is damaged; named.
   """
-  found: dict[pathlib.Path, Run | None] = {}
-  named: dict[pathlib.Path, pathlib.Path] = {}
-  for folder in map(pathlib.Path, folders):
+  found: dict[Path, Run | None] = {}
+  named: dict[Path, Path] = {}
+  for folder in map(to_path, folders):
     if (folder / "sweep.json").is_file():
       sweep = _read(folder / "sweep.json", ("name", "command", "runs"))
       fields = {f.removeprefix("config.") for r in sweep["runs"].values() for f in r.get("overrides", {})} - {"seed"}
@@ -74,13 +73,13 @@ def read_runs(folders: Sequence[str | os.PathLike]) -> tuple[list[Run], list[pat
     else:
       raise ValueError(f"{folder} is no run and no sweep: it has neither config.json nor sweep.json")
     for workdir in workdirs:
-      key = workdir.resolve()
+      key = workdir if is_remote(workdir) else workdir.resolve()
       if key not in found or of_sweep:  # named twice, it belongs to its sweep
         named[key], found[key] = workdir, _read_run(workdir, of_sweep)
   return [r for r in found.values() if r], [named[k] for k, r in found.items() if r is None]
 
 
-def _read(path: pathlib.Path, needs: Sequence[str]) -> dict:
+def _read(path: Path, needs: Sequence[str]) -> dict:
   content = read_json(path)
   for name in needs:
     if name not in content:
@@ -88,7 +87,7 @@ def _read(path: pathlib.Path, needs: Sequence[str]) -> dict:
   return content
 
 
-def _read_run(workdir: pathlib.Path, of_sweep: Mapping[str, Any]) -> Run | None:
+def _read_run(workdir: Path, of_sweep: Mapping[str, Any]) -> Run | None:
   if not (workdir / "config.json").is_file() or not (workdir / "results.json").is_file():
     return None
   record = _read(workdir / "config.json", ("config",))
