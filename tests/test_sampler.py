@@ -27,7 +27,7 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
-from gfn_jax.sampler import Sampler, filter_tokens
+from gfn_jax.sampler import Sampler, draw_index, filter_tokens
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -173,6 +173,39 @@ def test_frequencies_are_those_of_the_policy(min_length, with_tool, max_length, 
       if options[option]:
         other = behaviour_probabilities(tree, temperature, **options | {option: 0 if option == "min_length" else None})
         assert total_variation(frequencies, other) > bound
+
+
+@pytest.mark.parametrize("size", (1, 2, 3, 15, 16, 17, 1000))
+def test_indices_are_drawn_in_proportion(size):
+  """Bounded as above."""
+  rng, n = np.random.default_rng(size), 100_000
+  scores = rng.normal(0, 3, size).astype(np.float32)
+  scores[rng.random(size) < 0.4] = -np.inf
+  scores[rng.integers(size)] = 1.0
+  expected = np.exp(scores) / np.exp(scores).sum()
+  drawn = np.asarray(jax.jit(jax.vmap(draw_index, (0, None)))(jax.random.split(jax.random.key(0), n), scores))
+  frequencies = np.bincount(drawn, minlength=size) / n
+  assert len(frequencies) == size and not frequencies[expected == 0].any()
+  bound = 0.5 * np.sqrt((expected > 0).sum() / n) + np.sqrt(np.log(1e6) / (2 * n))
+  assert total_variation(frequencies, expected) < bound
+
+
+def test_what_is_forbidden_is_never_drawn():
+  """Among 50,000 tokens that have next to no probability together, whatever the rounding."""
+  scores = np.full(50_000, -np.inf, np.float32)
+  scores[::7] = np.random.default_rng(0).normal(-2, 1, len(scores[::7]))
+  keys = jax.random.split(jax.random.key(1), 4_000)
+  drawn = np.asarray(jax.lax.map(lambda key: draw_index(key, jnp.asarray(scores)), keys, batch_size=500))
+  assert (drawn % 7 == 0).all() and drawn.max() < len(scores) and len(set(drawn.tolist())) > 500
+
+  # The ends of [0, 1): the first and the last index that can be, and no other.
+  for scores in ((-np.inf, 0, -np.inf, 1, -np.inf), (0, -np.inf, -np.inf, -np.inf, -40)):
+    scores = jnp.array(scores, jnp.float32)
+    possible = np.flatnonzero(np.isfinite(scores))
+    for share, index in ((0.0, possible[0]), (1 - 2**-23, possible[-1 if scores[0] < 0 else 0])):
+      with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax.random, "uniform", lambda key, shape, share=share: jnp.full(shape, share, jnp.float32))
+        assert draw_index(jax.random.key(0), scores) == index
 
 
 # ---- Greedy, top-k and top-p
@@ -429,7 +462,7 @@ def test_calculator_writes_results():
   words = [encode(word)[0] for word in (" 6", " -", " =")]
   allowed = np.isin(np.arange(vocab_size), [STOP, *words])
   z = make_sampler(pretrained, tool=tool, allowed_tokens=allowed, max_length=6)(
-    None, *pad_left(PROMPTS), num_samples=500, temperature=np.full(4, 3.0), key=jax.random.key(7)
+    None, *pad_left(PROMPTS), num_samples=500, temperature=np.full(4, 30.0), key=jax.random.key(7)
   )
   seen = check_tool_rows(z, tool, 6)
   assert seen["answered"] and seen["no result"]  # "6 - 6 =" and "6 =", at least
