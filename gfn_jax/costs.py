@@ -18,6 +18,7 @@ from gfn_jax.config import num_micro_batches
 from gfn_jax.data import num_sampled
 from gfn_jax.flops import activation_bytes, adapter_bytes, backward_flops, decode_bytes, forward_flops
 from gfn_jax.layouts import Layout
+from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models.architectures import lora_targets
 from gfn_jax.models.lora import LoraConfig
 from gfn_jax.rewards import SAMPLES_PER_TREE
@@ -139,7 +140,8 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   )
   branch = Work()
   if y > 1:  # the trunk scores Y's first token
-    tokens = (nodes + 1) * (y - 1)
+    scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1  # of a sample
+    tokens = min(nodes + 1, -(-samples // trees) * scored) * (y - 1)
     branch = run.forward(None, tokens, before + nodes + y - 1, tokens, cached=before + nodes)
 
   micro = num_micro_batches(config, layout.num_data)

@@ -16,6 +16,7 @@ from gfn_jax import distributed
 from gfn_jax.config import first_difference, flatten, num_micro_batches
 from gfn_jax.files import Path, is_remote, to_path, write_text
 from gfn_jax.files import finished_steps as finished_steps
+from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Pretrained
 from gfn_jax.version import __version__
 
@@ -180,7 +181,8 @@ def plan(
   micro_batches = num_micro_batches(c, len(devices) // c.mesh.model)
   r, objective = c.reward, c.method
   if c.method == "gfn":
-    objective = f"{c.loss.name}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
+    some = f" of {n} prefixes a sample" if (n := c.loss.num_prefixes) and c.loss.name in PREFIX_LOSSES else ""
+    objective = f"{c.loss.name}{some}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
     objective += f"over {r.temperature_horizon} steps"
   precision = c.model.quantization or c.model.dtype
   shared = f" in {jax.process_count()} processes" if jax.process_count() > 1 else ""

@@ -37,7 +37,7 @@ def wide_model(family, **overrides):
 def wide_config(model):
   """Four queries, of which three are fresh, of four samples of 24 tokens, one micro-batch."""
   config = arith.get_config("smoke")
-  config.lora.rank, config.train.micro_batch_queries = 8, 0
+  config.lora.rank, config.train.micro_batch_queries, config.loss.num_prefixes = 8, 0, None
   config.lora.targets = plan.fitting_targets(config, model)
   return config
 
@@ -253,6 +253,16 @@ def test_work_follows_the_config():
   config.model.quantization, config.train.micro_batch_queries = None, 0  # one pass over the weights for all queries
   one = costs.step_work(config, layout, Lengths())
   assert one[LOSS].flops == pytest.approx(base[LOSS].flops) and one[LOSS].bytes < base[LOSS].bytes
+  config.loss.num_prefixes = 4  # of up to 27, and of distinct prefixes fewer
+  some = costs.step_work(config, layout, Lengths())
+  assert some["reward trunk"] == one["reward trunk"]
+  nodes = config.sampler.num_samples * config.sampler.max_length
+  share = some["reward branch"].flops / one["reward branch"].flops
+  assert share == pytest.approx(4 * config.sampler.num_samples / (nodes + 1), rel=1e-3)
+  config.loss.num_prefixes, config.loss.name = None, "vargrad"
+  whole = costs.step_work(config, layout, Lengths())
+  assert whole["reward branch"].flops == pytest.approx(some["reward branch"].flops / 4, rel=1e-3)
+  config.loss.name = "subtb"
   no_target = costs.step_work(config, layout, Lengths(target=1))
   assert no_target["reward branch"] == Work()
 
