@@ -26,9 +26,12 @@ def scored_prefixes(
   num_prefixes: int | None,
   length: Int[np.ndarray, "B"],
   terminable: Bool[np.ndarray, "B S"],
-  rng: np.random.Generator | None = None,
+  rng: np.random.Generator,
 ) -> Bool[np.ndarray, "B S"]:
   """The prefixes whose rewards an objective reads: whole samples alone, or those of some or all pairs.
+
+  The whole sample is always among them, so that its pairs weigh more than others in the mean of `subtb_loss`: another
+  weighting, with the same optimum. `db` compares neighbours among them.
 
   Args:
     objective: config.loss.name, or a baseline's config.method.
@@ -148,7 +151,7 @@ class Collector:
     length = np.array([len(tokens) for tokens, _ in rows], np.int32)
     blank = np.zeros(tokens.shape, np.float32)
     z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
-    log_reward = self.score(ids, z, scored_prefixes(self._objective, None, length, z.terminable))
+    log_reward = self.score(ids, z, self._wanted(z, data.SEED_PREFIX_STREAM, 0))
     offered = [row for row, z in enumerate(rationales) if z]
     for row in offered:
       at = slice(row, row + 1)
@@ -227,9 +230,12 @@ class Collector:
     """The fresh queries' samples, without what padded them, and their log R."""
     n = self._config.sampler.num_samples
     z = self._sampler.finish(draft.rollout, on_round).rows(slice(0, len(draft.fresh) * n))
-    rng = data.step_rng(self._config.seed, data.PREFIX_STREAM, draft.step)
-    wanted = scored_prefixes(self._objective, self._config.loss.num_prefixes, z.length, z.terminable, rng)
-    return z, self.score(draft.plan.query_ids[draft.fresh], z, wanted)
+    return z, self.score(draft.plan.query_ids[draft.fresh], z, self._wanted(z, data.PREFIX_STREAM, draft.step))
+
+  def _wanted(self, z: Trajectory, stream: int, step: int) -> np.ndarray:
+    """`scored_prefixes` of fresh samples, or of what seeds the buffer: as many of each, whose pairs weigh alike."""
+    rng = data.step_rng(self._config.seed, stream, step)
+    return scored_prefixes(self._objective, self._config.loss.num_prefixes, z.length, z.terminable, rng)
 
   def _sample_metrics(self, plan, fresh, z, log_reward) -> dict[str, float]:
     n = self._config.sampler.num_samples

@@ -64,7 +64,7 @@ def base_config() -> ml_collections.ConfigDict:
     "loss": c({
       "name": "subtb",
       "subtb_lambda": 1.0,
-      # subtb, db: score so many prefixes of a sample, drawn at random, itself among them; None: all.
+      # subtb, db: score so many prefixes of a sample, itself and others drawn once at random; None: all.
       "num_prefixes": ml_collections.config_dict.placeholder(int),
       "log_partition_learning_rate": 0.1,  # tb only: one learned log_partition per training query
     }),

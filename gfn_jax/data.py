@@ -11,7 +11,7 @@ import numpy as np
 from gfn_jax.types import Example, Queries
 
 # Streams of host randomness; each step's generator is seeded by (seed, stream, step).
-PLAN_STREAM, REPLAY_STREAM, PREFIX_STREAM = range(3)
+PLAN_STREAM, REPLAY_STREAM, PREFIX_STREAM, SEED_PREFIX_STREAM = range(4)
 
 # Purposes of device randomness.
 INIT, SAMPLE, DROPOUT, EVALUATE, SEED = range(5)

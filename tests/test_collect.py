@@ -80,11 +80,11 @@ TERMINABLE[0, [0, 1, 3, 4, 6]] = TERMINABLE[1, [0, 1, 2]] = TERMINABLE[2, 0] = T
 def test_prefixes_that_an_objective_reads():
   whole = np.zeros((3, 8), bool)
   whole[[0, 1, 2], LENGTH] = True
-  for objective in ("tb", "vargrad", "ppo", "grpo"):
-    np.testing.assert_array_equal(scored_prefixes(objective, 3, LENGTH, TERMINABLE), whole)
   rng = np.random.default_rng(0)
+  for objective in ("tb", "vargrad", "ppo", "grpo"):
+    np.testing.assert_array_equal(scored_prefixes(objective, 3, LENGTH, TERMINABLE, rng), whole)
   for objective in ("subtb", "db"):
-    np.testing.assert_array_equal(scored_prefixes(objective, None, LENGTH, TERMINABLE), TERMINABLE)
+    np.testing.assert_array_equal(scored_prefixes(objective, None, LENGTH, TERMINABLE, rng), TERMINABLE)
     counts = np.zeros((3, 8))
     for _ in range(3000):
       drawn = scored_prefixes(objective, 3, LENGTH, TERMINABLE, rng)
