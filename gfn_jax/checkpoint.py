@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from gfn_jax.files import is_remote, to_path
+from gfn_jax.files import is_remote, reason, to_path
 
 
 class Checkpoints:
@@ -59,8 +59,7 @@ class Checkpoints:
           self._manager.delete(newer)
         return step, whole["state"], {k: np.asarray(v) for k, v in replay.items()}
       except Exception as e:  # whatever a half-written file makes Orbax raise
-        reason = (str(e).strip() or type(e).__name__).splitlines()[0]
-        logging.warning("checkpoint %d is damaged and skipped: %s", step, reason)
+        logging.warning("checkpoint %d is damaged and skipped: %s", step, reason(e))
         damaged.append(step)
     if damaged:
       raise ValueError(f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another folder")

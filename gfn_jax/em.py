@@ -98,7 +98,7 @@ def evaluate_pair(
   parts, suite = build(step, jax.local_devices())
   lora = place(load_adapter(sampler, parts.pretrained), parts.devices)
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  tests = KeptRows(conclusions.parent.parent / "tests.json", contract.config_hash(step))
+  tests = KeptRows(conclusions.parent.parent / "tests.json", contract.config_hash(step), sampler, conclusions)
   results, _ = suite.test(lora, reward_temperature(config, config.train.num_steps), key, on_round, keep=tests.get)
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
@@ -156,6 +156,8 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   if distributed.is_first():
     contract.write_results(workdir / "results.json", config, results, time.time() - started)
+    for index in range(config.em.num_rounds):
+      (workdir / f"round{index}" / "tests.json").unlink(missing_ok=True)
   print(results_table({k: v for k, v in results.items() if "/round" not in k}))
   print(f"{workdir}: results.json, round0/ to round{config.em.num_rounds - 1}/", flush=True)
   return 0

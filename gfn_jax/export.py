@@ -3,7 +3,6 @@
 python -m gfn_jax.export --checkpoint=runs/arith --format=merged --output=merged_model
 """
 
-import pathlib
 
 from absl import flags
 import jax
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 
 from gfn_jax import cli
 from gfn_jax.checkpoint import Checkpoints
-from gfn_jax.files import Path, read_json, to_path
+from gfn_jax.files import Path, local_path, read_json, to_path
 from gfn_jax.models import (
   Lora,
   LoraConfig,
@@ -82,7 +81,7 @@ def load_checkpoint(path: Path, model: str | None, dtype: str | None) -> tuple[P
 def main() -> int:
   if _CHECKPOINT.value is None or _OUTPUT.value is None:
     raise ValueError("--checkpoint and --output are needed, as in --checkpoint=runs/arith --output=exported")
-  output = pathlib.Path(_OUTPUT.value)
+  output = local_path(_OUTPUT.value)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
     raise ValueError(f"--output={output} exists: name a new or empty folder")
   base, lora = load_checkpoint(to_path(_CHECKPOINT.value), _MODEL.value, _DTYPE.value)

@@ -29,6 +29,18 @@ def to_path(name: str | os.PathLike) -> Path:
   return epath.Path(name)
 
 
+def local_path(name: str | os.PathLike) -> pathlib.Path:
+  """A path on this machine. Raises ValueError for a URL."""
+  if "://" in os.fspath(name):
+    raise ValueError(f"{os.fspath(name)!r} is a URL: name a folder or file on this machine")
+  return pathlib.Path(name)
+
+
+def reason(error: Exception) -> str:
+  """What an error says, in one line."""
+  return getattr(error, "strerror", None) or (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def is_remote(path: Path) -> bool:
   """Whether it is a URL, where nothing can be appended to and what is written is whole."""
   return isinstance(path, epath.Path)

@@ -73,7 +73,7 @@ class MetricsWriter:
     """
     for name in ("metrics.jsonl", "samples.jsonl"):
       truncate_jsonl(workdir / name, first_step)
-    self._workdir, self._folder = workdir, workdir
+    self._workdir, self._folder, self._copy = workdir, workdir, None
     if is_remote(workdir):
       self._copy = tempfile.TemporaryDirectory()
       self._folder = pathlib.Path(self._copy.name)
@@ -96,9 +96,13 @@ class MetricsWriter:
     self._metrics.close()
     self._samples.close()
     self._board.close()
-    self.publish()
-    if self._wandb is not None:
-      self._wandb.finish()
+    try:
+      self.publish()
+    finally:
+      if self._copy is not None:
+        self._copy.cleanup()
+      if self._wandb is not None:
+        self._wandb.finish()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One JSON line, its TensorBoard scalars, and what Weights & Biases is told."""
@@ -111,7 +115,7 @@ class MetricsWriter:
 
   def publish(self) -> None:
     """What has been written is where the run stands, and outlives this machine: before a checkpoint, and at the end."""
-    if self._folder is not self._workdir:
+    if self._copy is not None:
       self._board.flush()
       for file in (*self._folder.glob("*.jsonl"), *self._folder.glob("tensorboard/*")):
         (self._workdir / file.relative_to(self._folder)).write_bytes(file.read_bytes())

@@ -247,6 +247,12 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   ):
     selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
+
+    def save() -> None:
+      log.flush()
+      writer.publish()
+      checkpoints.save(int(state.step), state, collector.to_arrays())
+
     try:
       # 4. The steps. Metrics of a step are read while the next one runs.
       if restored is None:
@@ -277,11 +283,11 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
         state, metrics, sampled = next(steps)
         done = step + 1
         log.step(done, metrics, sampled)
-        if done == config.train.num_steps or done % config.checkpoint.every_steps == 0:
-          log.flush()
-          writer.publish()
-          checkpoints.save(done, state, collector.to_arrays())
+        if done % config.checkpoint.every_steps == 0:
+          save()
       profiler.stop()
+      checkpoints.wait()
+      save()  # where it stopped early, too
       checkpoints.wait()
 
       # 5. The final evaluation, the adapter, the report.
@@ -292,19 +298,19 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
         selection.consider(int(state.step), values, lora, pretrained)
         lora = place(selection.load(pretrained), devices)
         writer.say(f"the best evaluation was after step {selection.best_step}")
-      tests = KeptRows(workdir / "tests.json", f"{contract.config_hash(config)} {int(state.step)}")
+      if distributed.is_first():
+        save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
+      distributed.wait_for_all("the adapter")
+      tests = KeptRows(workdir / "tests.json", contract.config_hash(config), workdir / "adapter")
       results, samples = suite.test(
         lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say, tests.get
       )
       log.evaluation(config.train.num_steps, results, samples)
       if distributed.is_first():
-        save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
         contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
     except Preempted:  # between rounds: state and buffer are those of the last whole step
-      log.flush()
-      writer.publish()
       checkpoints.wait()
-      checkpoints.save(int(state.step), state, collector.to_arrays())
+      save()
       checkpoints.wait()
       print(f"SIGTERM: saved after step {int(state.step)}; run the same command to go on", flush=True)
       return EXIT_CODE

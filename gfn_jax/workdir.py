@@ -14,7 +14,7 @@ import ml_collections
 
 from gfn_jax import distributed
 from gfn_jax.config import first_difference, flatten, num_micro_batches
-from gfn_jax.files import Path, is_remote, to_path, write_text
+from gfn_jax.files import Path, is_remote, reason, to_path, write_text
 from gfn_jax.files import finished_steps as finished_steps
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Pretrained
@@ -43,8 +43,7 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Pa
   except Exception as e:  # a bucket's libraries have many
     if isinstance(e, ValueError) or not (is_remote(path) or isinstance(e, OSError)):
       raise
-    reason = getattr(e, "strerror", None) or (str(e).strip() or type(e).__name__).splitlines()[0]
-    raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {reason}") from None
+    raise ValueError(f"workdir {os.fspath(path)!r} cannot be written: {reason(e)}") from None
   require_same_config(config, path / "config.json")
   return path
 

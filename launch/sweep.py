@@ -15,6 +15,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from gfn_jax import cli
+from gfn_jax.files import local_path
 from launch.jobs import Job, Local, Slurm, execute
 from launch.runs import parse_shard, require_same_configs, resolve, write_record
 
@@ -40,7 +41,7 @@ def main() -> int:
   shard = parse_shard(_SHARD.value)
   runs = resolve(config_file, name, variant, common)
   default = "-".join(filter(None, [pathlib.Path(config_file).stem, variant, name]))
-  folder = pathlib.Path(_WORKDIR.value or f"runs/{default}")
+  folder = local_path(_WORKDIR.value or f"runs/{default}")
   require_same_configs(folder, runs)
 
   command = lambda run: ["-m", "gfn_jax.main", *run.flags(config_file, folder)]  # noqa: E731

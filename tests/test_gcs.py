@@ -59,8 +59,8 @@ def test_files_and_adapters(bucket):
   jax.tree.map(np.testing.assert_array_equal, load_adapter("gs://runs/adapter", pretrained), lora)
   with pytest.raises(ValueError, match="gs://runs/nothing is no adapter: adapter_config.json is missing"):
     load_adapter("gs://runs/nothing", pretrained)
-  KeptRows(bucket / "tests.json", "a run").get("row", lambda: [1])
-  rows = KeptRows(bucket / "tests.json", "a run")
+  KeptRows(bucket / "tests.json", "a run", bucket / "adapter").get("row", lambda: [1])
+  rows = KeptRows(bucket / "tests.json", "a run", to_path("gs://runs/adapter"))
   assert rows.get("row", lambda: [2]) == [1]
   rows.forget()
   assert not (bucket / "tests.json").exists()

@@ -1,7 +1,5 @@
 """A final evaluation that is cut off goes on with the row that it was at."""
 
-import json
-
 import jax
 import pytest
 
@@ -12,27 +10,37 @@ from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
 
 
-def test_rows_are_measured_once_and_belong_to_one_thing(tmp_path):
+@pytest.fixture
+def adapter(tmp_path):
+  (tmp_path / "adapter").mkdir()
+  (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"one")
+  return tmp_path / "adapter"
+
+
+def test_rows_are_measured_once_and_belong_to_one_config_and_adapter(tmp_path, adapter):
   path, measured = tmp_path / "tests.json", []
 
   def measure():
     measured.append(None)
     return {"a": 0.1}, [{"X": "é"}]
 
-  assert KeptRows(path, "a run").get("row", measure) == ({"a": 0.1}, [{"X": "é"}])
-  again = KeptRows(path, "a run")
+  assert KeptRows(path, "a run", adapter).get("row", measure) == ({"a": 0.1}, [{"X": "é"}])
+  again = KeptRows(path, "a run", adapter)
   assert tuple(again.get("row", measure)) == ({"a": 0.1}, [{"X": "é"}]) and len(measured) == 1
-  other = KeptRows(path, "another")
+  KeptRows(path, "another", adapter).get("row", measure)
+  assert len(measured) == 2
+  (adapter / "adapter_model.safetensors").write_bytes(b"two")
+  other = KeptRows(path, "another", adapter)
   other.get("row", measure)
-  assert len(measured) == 2 and json.loads(path.read_text())["of"] == "another"
+  assert len(measured) == 3
   other.forget()
-  assert not list(tmp_path.iterdir())
+  assert not path.exists()
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_a_damaged_file_is_named(tmp_path, adapter):
   (tmp_path / "tests.json").write_text('{"of": "a r')
   with pytest.raises(ValueError, match="tests.json is damaged"):
-    KeptRows(tmp_path / "tests.json", "a run")
+    KeptRows(tmp_path / "tests.json", "a run", adapter)
 
 
 def test_a_test_that_is_cut_off_goes_on_where_it_was(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import json
 import os
 import string
 
-from gfn_jax.files import to_path
+from gfn_jax.files import reason, to_path
 
 
 def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
@@ -28,7 +28,7 @@ def read_objects(path: str | os.PathLike) -> Iterator[tuple[int, dict]]:
           raise ValueError(f"{path}, line {number}: an object is needed, not {type(value).__name__}")
         yield number, value
   except OSError as e:
-    raise ValueError(f"{path} cannot be read: {e.strerror}") from None
+    raise ValueError(f"{path} cannot be read: {reason(e)}") from None
 
 
 def text_field(path: str | os.PathLike, number: int, record: Mapping, field: str) -> str:

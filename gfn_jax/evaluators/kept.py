@@ -1,6 +1,7 @@
 """A final evaluation kept as it comes: of an hour of tests, a kill loses the one under way."""
 
 from collections.abc import Callable
+import hashlib
 import json
 from typing import Any
 
@@ -13,16 +14,19 @@ class KeptRows:
 
   Args:
     path: the file; read by all processes where it is there.
-    of: what the rows belong to: rows of anything else are dropped.
+    config_hash: of the run. adapters: the folders of what is tested. Rows of others are dropped.
 
   Raises:
     ValueError: the file is damaged.
   """
 
-  def __init__(self, path: Path, of: str):
-    self._path, self._of = path, of
+  def __init__(self, path: Path, config_hash: str, *adapters: Path):
+    digest = hashlib.sha256(config_hash.encode())
+    for adapter in adapters:
+      digest.update((adapter / "adapter_model.safetensors").read_bytes())
+    self._path, self._of = path, digest.hexdigest()
     there = read_json(path) if path.exists() else {}
-    self._rows: dict[str, Any] = there["rows"] if there.get("of") == of else {}
+    self._rows: dict[str, Any] = there.get("rows", {}) if there.get("of") == self._of else {}
     distributed.wait_for_all("the tests that were made")  # before the first process adds to them
 
   def get(self, name: str, measure: Callable[[], Any]) -> Any:

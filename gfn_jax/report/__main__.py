@@ -12,7 +12,7 @@ import shlex
 from absl import flags
 
 from gfn_jax import cli
-from gfn_jax.files import write_text
+from gfn_jax.files import local_path, write_text
 from gfn_jax.report import texts
 from gfn_jax.report.cells import Group, fill, group_runs
 from gfn_jax.report.commands import commands_of
@@ -93,7 +93,7 @@ def write_report(
     raise ValueError(f"no run has ended: {unfinished[0]} is unfinished")
   tables = {name: (table_of(name, its_runs), its_runs) for name, its_runs in by_table(runs, table).items()}
   groups = {name: group_runs(declared.varied, its_runs) for name, (declared, its_runs) in tables.items()}
-  output = pathlib.Path(output)
+  output = local_path(output)
   output.mkdir(parents=True, exist_ok=True)
   arguments = [*(["--table=" + table] if table else []), f"--output={output}"]
   command = shlex.join(["python", "-m", "gfn_jax.report", *map(str, folders), *arguments])
