@@ -32,7 +32,6 @@ def get_config(variant: str = ""):
   config.eval.every_steps, config.eval.shots = 50, (3,)
   config.behavior.temperature_high = 1.5
   config.reward.temperature_start, config.reward.temperature_end, config.reward.temperature_horizon = 1.1, 0.9, 100
-  config.loss.num_prefixes = 4  # as accurate as all of about 15, and a third of the reward's work (README, Performance)
 
   if variant == "smoke":
     config.train.num_steps = 4
@@ -63,7 +62,7 @@ def get_config(variant: str = ""):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
     config.lora.rank, config.lora.alpha, config.lora.dropout = 64, 16.0, 0.1
     config.train.num_queries, config.train.micro_batch_queries, config.train.num_steps = 32, 1, 1000
-    config.sampler.num_samples, config.loss.num_prefixes = 16, None
+    config.sampler.num_samples = 16
     config.train.learning_rate, config.train.decay_steps = 1e-4, 0
     # Table E.2's "P_F temperature 2 to 0.5" is the range of the tempered behaviour policy (section 3.3).
     config.behavior.temperature_low, config.behavior.temperature_high = 0.5, 2.0

@@ -37,7 +37,7 @@ def wide_model(family, **overrides):
 def wide_config(model):
   """Four queries, of which three are fresh, of four samples of 24 tokens, one micro-batch."""
   config = arith.get_config("smoke")
-  config.lora.rank, config.train.micro_batch_queries, config.loss.num_prefixes = 8, 0, None
+  config.lora.rank, config.train.micro_batch_queries = 8, 0
   config.lora.targets = plan.fitting_targets(config, model)
   return config
 
