@@ -81,7 +81,10 @@ class MetricsWriter:
         (self._folder / name).write_bytes((workdir / name).read_bytes())
     self._metrics = (self._folder / "metrics.jsonl").open("a")
     self._samples = (self._folder / "samples.jsonl").open("a")
-    self._board = tensorboardX.SummaryWriter(str(self._folder / "tensorboard"), purge_step=first_step + 1)
+    # Files are called by the second alone, and at a URL the later of two would stand in the other's place.
+    self._board = tensorboardX.SummaryWriter(
+      str(self._folder / "tensorboard"), purge_step=first_step + 1, filename_suffix=f".{first_step}"
+    )
     self._bar = tqdm.tqdm(
       total=num_steps, initial=first_step, unit="step", disable=not sys.stderr.isatty(), dynamic_ncols=True
     )

@@ -58,7 +58,7 @@ PACKAGES = {
   "tasks": (("arith", "infill", "jsonl", "next_sentence", "rng", "subj"), ("__init__",)),
   "evaluators": (
     ("__init__",),
-    ("bertscore", "diversity", "judge", "overlap", "records"),
+    ("bertscore", "diversity", "judge", "kept", "overlap", "records"),
     ("evaluator",),
     ("scoring",),
     ("accuracy", "infills", "labels", "numbers", "posterior", "sentences", "texts"),
