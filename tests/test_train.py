@@ -416,6 +416,7 @@ def other_losses(smoke, runs):
   return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["tb", "vargrad", "db"])
 def test_other_objectives_train(loss, other_losses):
   losses = [r["loss"] for r in read_jsonl(other_losses / loss / "metrics.jsonl") if "loss" in r]
