@@ -19,7 +19,7 @@ from testing import REPOSITORY
 
 pytestmark = pytest.mark.timeout(2700)
 
-NUM_STEPS = 20
+NUM_STEPS = 6
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
