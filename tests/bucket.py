@@ -1,7 +1,6 @@
 """A bucket on the loopback: `python bucket.py` prints its port and serves gs://runs until it is killed."""
 
 import sys
-import time
 
 from gcp_storage_emulator.handlers import objects
 
@@ -23,6 +22,5 @@ if __name__ == "__main__":
   server = create_server("127.0.0.1", 0, in_memory=True, default_bucket="runs")
   server.start()
   print(server._api._httpd.socket.getsockname()[1], flush=True)
-  while sys.stdin.read(1):  # until whoever started it ends
-    time.sleep(1)
+  sys.stdin.read()  # until whoever started it ends
   server.stop()
