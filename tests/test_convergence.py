@@ -128,16 +128,20 @@ def distance(tree, target):
 
 
 @pytest.mark.parametrize(
-  "variant",
-  ({}, *(pytest.param(v, marks=pytest.mark.slow) for v in ({"min_length": 2}, {"with_tool": True}))),
-  ids=("plain", "min_length", "tool"),
+  "num_steps, variant",
+  (
+    pytest.param(450, {}, id="plain"),
+    pytest.param(450, {"min_length": 2}, marks=pytest.mark.slow, id="min_length"),
+    pytest.param(700, {"with_tool": True}, marks=pytest.mark.slow, id="tool"),
+  ),
 )
-def test_subtb_learns_the_posterior(variant):
+def test_subtb_learns_the_posterior(num_steps, variant):
   """Under min_length short Z are never sampled, yet q gives them their share: every prefix is in the loss.
 
-  With the tool, whose longer answer seldom fits, the target is R restricted to the Z that agree with it.
+  With the tool, whose longer answer seldom fits, the target is R restricted to the Z that agree with it; that takes
+  longer: 450 steps leave a distance of 0.012.
   """
-  tree, target, *_ = learn("subtb", 450, **variant)
+  tree, target, *_ = learn("subtb", num_steps, **variant)
   assert distance(scored(base(), None, PROMPT, tree), target) > 0.3  # where it began
   assert distance(tree, target) < 0.01
   if "min_length" in variant:
