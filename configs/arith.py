@@ -5,7 +5,7 @@
     python -m gfn_jax.main --config=configs/arith.py:smollm2        # SmolLM2-135M-Instruct
     python -m gfn_jax.main --config=configs/arith.py:paper          # GPT-J 6B, the paper's Table E.2
     python -m gfn_jax.main --config=configs/arith.py:reference      # GPT-J 6B, the choices of the authors' code
-    python -m launch.sweep --config=configs/arith.py --name=table4  # smoke, table_e3, objectives, misspecified
+    python -m launch.sweep --config=configs/arith.py --name=table4  # smoke, tuning, table_e3, objectives, misspecified
 
 Expected from the first, in the README's results: the base fails (paper, Table 4: 10.2 / 6.4 / 3.2%), the fine-tuned
 policy solves nearly all problems of 3, 4 and 5 operands.
@@ -14,6 +14,12 @@ policy solves nearly all problems of 3, 4 and 5 operands.
 from gfn_jax.config import METHODS, SEEDS, base_config, grid, smollm2
 
 VARIANTS = ("", "smoke", "smollm2", "paper", "reference")
+TRIALS = {  # nine of each method
+  "gfn": {"train.learning_rate": (2.5e-4, 5e-4, 1e-3), "reward.temperature_end": (0.8, 0.9, 1.0)},
+  "sft": {"train.learning_rate": (1e-4, 5e-4, 2e-3), "train.num_steps": (50, 100, 250)},
+  "ppo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "ppo.kl_target": (1.0, 6.0, 30.0)},
+  "grpo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "grpo.kl_coefficient": (0.0, 0.04, 0.2)},
+}
 
 
 def get_config(variant: str = ""):
@@ -78,8 +84,10 @@ def get_config(variant: str = ""):
 
 def sweep(name: str) -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  on_validation = {"eval.split": "validation", "eval.num_test": 100, "eval.num_validation": 0, "eval.baselines": False}
   sweeps = {
     "smoke": [("smoke", fields) for fields in grid({"method": METHODS})],
+    "tuning": [("", {"method": m} | fields | on_validation) for m in METHODS for fields in grid(TRIALS[m])],
     "table4": [("", fields) for fields in grid({"method": ("gfn",), "seed": SEEDS, "eval.shots": ((3, 5, 10, 20),)})]
     # The base is the same beside every method.
     + [("", fields) for fields in grid({"method": METHODS[1:], "seed": SEEDS, "eval.baselines": (False,)})],

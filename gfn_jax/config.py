@@ -129,6 +129,7 @@ def base_config() -> ml_collections.ConfigDict:
       "every_steps": 50,
       "num_validation": 50,  # problems of each kind, in training
       "num_test": 500,  # problems of each kind, at the end
+      "split": "test",  # which ones then; "validation": of a run that settings are chosen by
       "num_votes": 10,
       "temperature": 0.1,
       "max_length": 32,
@@ -239,6 +240,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _among("method", config.method, METHODS)
   _among("em.objective", config.em.objective, ("joint", "label"))
   _among("train.keep", config.train.keep, ("last", "best"))
+  _among("eval.split", config.eval.split, ("test", "validation"))
   _among("train.max_staleness", config.train.max_staleness, (0, 1))
   _among("loss.name", config.loss.name, LOSS_NAMES)
   _among("model.dtype", config.model.dtype, DTYPES)

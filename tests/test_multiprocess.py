@@ -19,7 +19,7 @@ from testing import REPOSITORY
 
 pytestmark = pytest.mark.timeout(2700)
 
-NUM_STEPS = 6
+NUM_STEPS = 20
 QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
@@ -93,7 +93,7 @@ def assert_same_run(ours, theirs):
   assert [r["step"] for r in ours_steps] == [*range(1, NUM_STEPS + 1)]
   for mine, other in zip(ours_steps, theirs_steps, strict=True):
     norms = [r.pop("grad_norm") for r in (mine, other)]  # of sums that nearly cancel
-    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
     assert mine == pytest.approx(other, rel=1e-5)
   assert accuracies(ours) == accuracies(theirs)
 

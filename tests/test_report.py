@@ -318,6 +318,27 @@ def test_a_sweep_of_ones_own_has_a_row_a_setting(tmp_path):
   assert errors[3:] == [(f"{ours}, loss.name = subtb", "other"), (f"{ours}, loss.name = tb", "wrong operator")]
 
 
+def test_a_row_names_no_setting_of_another_method(tmp_path):
+  trials = {
+    **{f"g{r}": ("gfn", {"train.learning_rate": r, "grpo.clip": 0.2}) for r in (0.1, 0.2)},
+    **{f"q{c}": ("grpo", {"train.learning_rate": 0.1, "grpo.clip": c}) for c in (0.1, 0.2)},
+    "s": ("sft", {"train.learning_rate": 0.1, "grpo.clip": 0.2}),
+  }
+  for name, (method, fields) in trials.items():
+    samples = [rationale(method, REPEATED, -7.0, False)]
+    fields = {f.replace(".", "__"): v for f, v in fields.items()}
+    make_run(tmp_path / name, {f"{method}/accuracy/3": 0.5}, method=method, samples=samples, **fields)
+  make_sweep(tmp_path, "configs/arith.py", "tuning", {n: fields | {"method": m} for n, (m, fields) in trials.items()})
+  write_report([tmp_path], tmp_path / "report")
+  rows = [r["row"] for r in read_csv(tmp_path / "report" / "tuning.csv") if r["column"] == "3"]
+  assert rows == [
+    "GFlowNet fine-tuning, train.learning_rate = 0.1", "GFlowNet fine-tuning, train.learning_rate = 0.2",
+    "GRPO, grpo.clip = 0.1", "GRPO, grpo.clip = 0.2",
+    "supervised fine-tuning, grpo.clip = 0.2, train.learning_rate = 0.1",
+  ]  # fmt: skip
+  assert {r["method"] for r in read_csv(tmp_path / "report" / "tuning_errors.csv")} >= set(rows)
+
+
 def test_a_task_without_a_table_in_the_paper(tmp_path):
   make_run(tmp_path / "a", {"gfn/log_reward": -1.5, "gfn/distinct_share": 0.5}, task="jsonl")
   write_report([tmp_path / "a"], tmp_path / "report")

@@ -70,6 +70,13 @@ def test_the_tables_of_the_paper_are_listed():
   assert len(arith.sweep("table4")) == 12
 
 
+def test_every_method_is_tuned_by_nine_trials_on_problems_that_no_table_is_made_of():
+  runs = [fields for _, fields in importlib.import_module("configs.arith").sweep("tuning")]
+  assert Counter(fields["method"] for fields in runs) == dict.fromkeys(METHODS, 9)
+  assert len({tuple(fields.items()) for fields in runs}) == 36
+  assert {fields["eval.split"] for fields in runs} == {"validation"}
+
+
 def test_grid():
   assert grid({"a": (1, 2), "b.c": "x"}) == [{"a": 1, "b.c": "x"}, {"a": 2, "b.c": "x"}]
 

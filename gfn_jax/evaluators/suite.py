@@ -49,7 +49,8 @@ class Suite:
       if name not in EVALUATORS:
         raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
     self._validation = task.validation_examples(config.eval.num_validation)
-    self._test = task.test_examples(config.eval.num_test)
+    held_out = {"test": task.test_examples, "validation": task.validation_examples}
+    self._test = held_out[config.eval.split](config.eval.num_test)
     shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
     empty = [k for k in config.eval.shots if not task.context_tokens(k)]
     if empty:
@@ -63,7 +64,7 @@ class Suite:
   def require_test_problems(self) -> None:
     """Raises ValueError where there are none: a run would have nothing to end with."""
     if not any(self._test.values()):
-      raise ValueError(f"the task {self._parts.task.name!r} has no test problems")
+      raise ValueError(f"the task {self._parts.task.name!r} has no {self._parts.config.eval.split} problems")
 
   def _make(self, names: Sequence[str], context: Sequence[int], draws: Draws) -> list[Evaluator]:
     return [EVALUATORS[name](self._parts, context, draws) for name in names]
@@ -139,6 +140,7 @@ class Suite:
     if config.eval.baselines:
       for name, evaluator in zip(names, own):
         for baseline, metrics in evaluator.baselines(self._test, key, on_round):
+          say(f"testing {baseline} on {number} problems")
           yield f"{name}/{baseline}", functools.partial(measured, evaluator, baseline, metrics)
     if lora is not None:
       quality = self._posterior(lora, reward_temperature, key, on_round)

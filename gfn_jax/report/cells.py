@@ -20,9 +20,15 @@ IGNORED = ("seed", *(f for f in RESUMABLE if f not in _MATTER))
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-  """Runs that differ in their seed alone, in its order; `values` of the fields that tell groups apart."""
+  """Runs that differ in their seed alone, in its order.
+
+  Attributes:
+    values: of the method and of the fields that tell groups apart.
+    settings: those fields in which the groups of its method differ; all of them where it is the only one.
+  """
 
   values: Mapping[str, Any]
+  settings: Mapping[str, Any]
   runs: tuple[Run, ...]
 
   @property
@@ -82,9 +88,15 @@ def group_runs(varied: Sequence[str], runs: Sequence[Run]) -> list[Group]:
         raise ValueError(
           f"{twin.folder} and {run.folder} cannot be averaged: config.seed is {run.config['seed']} in both"
         )
+  every = [{f: g[0].config.get(f) for f in fields} for g in groups.values()]
+
+  def settings_of(values):
+    rivals = [v for v in every if v["method"] == values["method"]]
+    return {f: values[f] for f in varied if len(rivals) == 1 or any(v[f] != values[f] for v in rivals)}
+
   return [
-    Group({f: g[0].config.get(f) for f in fields}, tuple(sorted(g, key=lambda r: r.config["seed"])))
-    for g in groups.values()
+    Group(values, settings_of(values), tuple(sorted(g, key=lambda r: r.config["seed"])))
+    for values, g in zip(every, groups.values())
   ]
 
 
@@ -155,7 +167,7 @@ def _all_rows(table, groups, known, columns) -> list[Row]:
       where |= {"method": group.method} if trained else {}
       if any(all(where.get(f) == v for f, v in w.items()) for w in taken.get(method, [])):
         continue
-      setting = "".join(f", {f} = {group.values[f]}" for f in shown) if apart else ""
+      setting = "".join(f", {f} = {v}" for f, v in group.settings.items() if apart and f in shown)
       further.setdefault(json.dumps([method, where]), Row(label(method) + setting, method, where=where))
   base_first = sorted(further.values(), key=lambda r: (not r.method.startswith("base"), bool(r.where)))
   return rows + base_first

@@ -55,8 +55,8 @@ def samples_by_method(groups: Sequence[Group], baselines: Sequence[str] | None =
 
 def _row(method: str, group: Group) -> str:
   """A method as a row is called: with the group's settings where it has trained it."""
-  trained = is_trained(method, group)
-  return label(method) + "".join(f", {f} = {v}" for f, v in group.values.items() if trained and f != "method")
+  settings = group.settings.items() if is_trained(method, group) else ()
+  return label(method) + "".join(f", {f} = {v}" for f, v in settings)
 
 
 def side_by_side(
