@@ -63,6 +63,9 @@ def get_config(variant: str = ""):
     config.lora.dropout, config.lora.targets = 0.1, ("c_attn", "c_proj", "c_fc")
     config.train.num_queries, config.train.micro_batch_queries, config.sampler.num_samples = 16, 1, 64
     config.train.learning_rate, config.train.num_steps = 1e-4, 1000
+    # 900 to train on, and 50 more to validate on. The behaviour's temperature is drawn from (0.5, 2), as for the other
+    # tasks; the paper anneals it from 2 to 0.5 here.
+    config.infill.num_train, config.infill.num_test = 950, 100
     config.infill.num_validation, config.eval.num_validation = 50, 50
     config.eval.num_votes = 1024
   return config

@@ -31,6 +31,7 @@ def get_config(variant: str = ""):
     "parameter": ml_collections.config_dict.placeholder(float),
     "table": ml_collections.config_dict.placeholder(str),  # a JSON object of number -> weight
     "prompt": ml_collections.config_dict.placeholder(str),  # instead of the target's own
+    "num_demonstrations": 1000,  # of method "sft": numbers drawn from the target
     "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default log V + 12
   })  # fmt: skip
   config.model.name = smollm2()
@@ -46,7 +47,7 @@ def get_config(variant: str = ""):
   # and each such sample outweighs the numbers in the gradient: it ends before the learning rate does.
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.anneal_steps = 1.0, 300
-  config.replay.capacity, config.replay.similarity, config.replay.seed_from = 128, 0.0, "nothing"
+  config.replay.capacity, config.replay.similarity = 128, 0.0
   config.replay.prioritized = False
   config.data.unseeded_weight = 1.0
   config.train.num_steps, config.train.decay_steps = 500, 500
@@ -82,7 +83,7 @@ def get_config(variant: str = ""):
 def sweep(name: str) -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
   sweeps = {
-    "fig2": [("", fields) for fields in grid({"method": ("gfn", "ppo"), "seed": SEEDS})],
+    "fig2": [("", fields) for fields in grid({"method": ("gfn", "sft", "ppo"), "seed": SEEDS})],
   }
   if name not in sweeps:
     raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")

@@ -325,6 +325,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     f"config.sampler.num_samples {s.num_samples}: method 'grpo' compares the samples of a query, and needs at least 2",
   )
   _require(
+    not config.em.num_rounds or config.method == "gfn",
+    f"config.em.num_rounds {config.em.num_rounds}: its rounds fit a sampler, method 'gfn'; with {config.method!r} it "
+    "must be 0",
+  )
+  _require(
     not config.em.num_rounds or config.em.batch_size % num_devices == 0,
     f"config.em.batch_size {config.em.batch_size} is not divisible by the {num_devices} devices",
   )

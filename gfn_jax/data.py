@@ -113,12 +113,12 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
   for example, *both, of_query in zip(examples, prompts, reward_prompts, targets):
     needed = max(map(len, of_query)) + reserved
     of_query += [[]] * (num_targets - len(of_query))
-    for prompt in both:
+    for text, prompt in zip((example.prompt, example.reward_prompt or example.prompt), both):
       if not prompt:
-        raise ValueError(f"prompt {example.prompt!r} has no tokens: at least one must stand before Z")
+        raise ValueError(f"prompt {text!r} has no tokens: one must stand before Z, which {example.target!r} follows")
       if len(prompt) + needed > max_positions:
         raise ValueError(
-          f"prompt {example.prompt[:60]!r} has {len(prompt)} tokens: with {needed} more it exceeds the model's "
+          f"prompt {text[:200]!r} has {len(prompt)} tokens: with {needed} more it exceeds the model's "
           f"{max_positions} positions"
         )
   rows = np.empty(len(examples), object)

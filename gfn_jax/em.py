@@ -28,6 +28,7 @@ from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.results import results_table
+from gfn_jax.tasks import require_abilities
 from gfn_jax.train import reward_temperature, train
 
 MICRO_BATCH = 32  # rows of one backward pass of the M-step
@@ -123,6 +124,7 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   """
   started, devices = time.time(), all_devices()
   validate(config, num_shares(config.mesh.model))
+  require_abilities(config)
   workdir = contract.prepare(config, workdir)
   if contract.finished_steps(workdir) >= config.train.num_steps:
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")

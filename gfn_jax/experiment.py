@@ -11,7 +11,7 @@ from gfn_jax.models import load_adapter, load_pretrained
 from gfn_jax.models.hf import load_config
 from gfn_jax.models.partition import shardings
 from gfn_jax.parallel import grouped, is_split, mesh_of, place, replicated
-from gfn_jax.tasks import make_task
+from gfn_jax.tasks import make_task, require_abilities
 
 
 def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Parts, Suite]:
@@ -23,6 +23,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> t
   Raises:
     ValueError: a slip of the user's, in one line.
   """
+  require_abilities(config)
   devices = grouped(devices, config.mesh.model)
   where = lambda path: replicated(devices)  # noqa: E731
   if is_split(devices):

@@ -237,11 +237,17 @@ def sft_terms(
 
 
 def act_log_probs(
-  log_pf: Float[Array, "B T"], log_pterm: Float[Array, "B S"], length: Int[Array, "B"]
+  log_pf: Float[Array, "B T"], log_pterm: Float[Array, "B S"], length: Int[Array, "B"], min_length: int
 ) -> Float[jax.Array, "B S"]:
-  """log q of what was done at each prefix of a row: its next token, and at its end the stop. Past that: unspecified."""
-  last = jnp.arange(log_pterm.shape[1]) == jnp.asarray(length)[:, None]
-  return jnp.where(last, log_pterm, jnp.pad(log_pf, ((0, 0), (0, 1))))
+  """log of the probability of what was done at each prefix of a row: its next token, and at its end the stop.
+
+  That of a sampler which cannot stop before `min_length`: there a token has q(z_t) / (1 - q(stop)), so that what is
+  learned on-policy is learned of the policy that acts. Past the end: unspecified.
+  """
+  prefixes = jnp.arange(log_pterm.shape[1])
+  log_goes_on = jnp.log1p(-jnp.exp(jnp.minimum(log_pterm, -1e-6)))  # bounded, and so is its gradient
+  log_act = jnp.pad(log_pf, ((0, 0), (0, 1))) - jnp.where(prefixes < min_length, log_goes_on, 0.0)
+  return jnp.where(prefixes == jnp.asarray(length)[:, None], log_pterm, log_act)
 
 
 def ppo_terms(
@@ -270,7 +276,8 @@ def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coe
   """Group-relative policy optimisation (Shao et al., 2024, Eq. 3): meant over a row's acts, and then over the rows.
 
   The penalty is their Eq. 4, p / q - log(p / q) - 1 >= 0 for the reference's p. With one update a step and advantages
-  that are centred only, and without the penalty, this is REINFORCE with the group's mean as its baseline.
+  that are centred only, and without the penalty, this is REINFORCE with the group's mean as its baseline, each row's
+  gradient over its number of acts.
 
   Args:
     log_prob: of the acts under the policy, nats. acts: what was measured before the update.

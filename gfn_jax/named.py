@@ -25,8 +25,10 @@ def load_named(name: str) -> Any:
       spec.loader.exec_module(module)
     else:
       module = importlib.import_module(where)
-  except ImportError as e:
-    raise ValueError(f"{name!r} cannot be imported: {e}") from None
+  except ValueError:
+    raise
+  except Exception as e:  # the user's own code raises what it likes
+    raise ValueError(f"{name!r} cannot be imported: {type(e).__name__}: {e}") from None
   if not hasattr(module, attribute):
     raise ValueError(f"{name!r}: {where} has no {attribute!r}")
   return getattr(module, attribute)

@@ -11,7 +11,7 @@ import ml_collections
 import numpy as np
 
 from gfn_jax import distributed, policy
-from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
+from gfn_jax.advantages import adapt_kl_coefficient, explained_variance, gae, group_advantages, whiten
 from gfn_jax.collect import Collector
 from gfn_jax.config import num_micro_batches
 from gfn_jax.losses import act_log_probs
@@ -27,6 +27,7 @@ ON_POLICY = ml_collections.FrozenConfigDict(
 def measure(
   model: ModelConfig,
   stop_token_id: int,
+  min_length: int,
   max_length: int,
   num_micro_batches: int,
   params: dict,
@@ -34,7 +35,7 @@ def measure(
   trained: dict,
   batch: Batch,
 ) -> tuple[Float[jax.Array, "B S"], Float[jax.Array, "B S"], Float[jax.Array, "B S"]]:
-  """log q of each act under the policy and under the base, nats, and the critic's values (0 without a critic)."""
+  """`losses.act_log_probs` of the policy and of the base, nats, and the critic's values (0 without a critic)."""
 
   def of(micro: Batch):
     def score(lora):
@@ -43,7 +44,7 @@ def measure(
         model, params, states, micro.trees, micro.length, micro.action_mask, allowed_tokens=allowed_tokens,
         stop_token_id=stop_token_id, max_length=max_length,
       )  # fmt: skip
-      return act_log_probs(log_pf, log_pterm, micro.length), states
+      return act_log_probs(log_pf, log_pterm, micro.length, min_length), states
 
     (log_prob, states), (log_reference, _) = score(trained["lora"]), score(None)
     if "value" not in trained:
@@ -62,7 +63,8 @@ class OnPolicyCollector(Collector):
     self._behavior, self._params, config = ON_POLICY, parts.params, parts.config
     self._devices, self._allowed = parts.devices, jnp.asarray(parts.task.allowed_tokens)
     measure_share = functools.partial(
-      measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.max_length,
+      measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.min_length,
+      config.sampler.max_length,
       num_micro_batches(config, len(parts.devices) * jax.process_count()),
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
@@ -121,7 +123,8 @@ class PPOCollector(OnPolicyCollector):
     rewards[np.arange(len(last)), last] += log_reward
     advantages, targets = gae(rewards, acts.value, acts.mask, c.discount, c.gae_lambda)
     self._kl_coefficient = adapt_kl_coefficient(used, kl, c.kl_target, c.kl_horizon, len(log_reward))
-    return acts.replace(advantage=whiten(advantages, acts.mask), value_target=targets), {"kl_coefficient": used}
+    metrics = {"kl_coefficient": used, "explained_variance": explained_variance(acts.value, targets, acts.mask)}
+    return acts.replace(advantage=whiten(advantages, acts.mask), value_target=targets), metrics
 
 
 class GRPOCollector(OnPolicyCollector):

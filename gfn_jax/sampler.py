@@ -314,7 +314,7 @@ class Sampler:
       raise ValueError(f"stop token {stop_token_id} is not among the allowed tokens")
     if min_length and allowed_tokens.sum() == 1:
       raise ValueError(f"min_length {min_length}: no token but the stop token {stop_token_id} is allowed")
-    self._params, self._tool, self._max_length = params, tool, max_length
+    self._params, self._tool, self._max_length, self.min_length = params, tool, max_length, min_length
     self.devices = list(devices or jax.local_devices()[:1])
     is_call = np.zeros(allowed_tokens.shape, bool) if tool is None else tool.is_call
     self._masks = jnp.asarray(allowed_tokens), jnp.asarray(is_call)

@@ -41,7 +41,7 @@ class Selection:
     if not math.isfinite(value) and (self._keeps_best or self._patience):
       raise ValueError(
         f"config.train.keep and patience go by {self._metric}, which is {value} at step {step}: "
-        "config.eval.num_validation must be at least a step's sampled queries"
+        "they need held-out queries, and a step that samples some"
       )
     if math.isfinite(value):
       self._history.append((step, value))

@@ -22,7 +22,7 @@ class StepSettings:
   """What is fixed while a step compiles.
 
   `num_epochs` updates are made on a step's batch; `policy_gradient` are arguments of `losses.ppo_terms` or
-  `grpo_terms`.
+  `grpo_terms`, which alone `min_length` is for: of the sampler.
   """
 
   model: ModelConfig
@@ -34,6 +34,7 @@ class StepSettings:
   stop_token_id: int
   dropout: bool
   remat: str = "none"
+  min_length: int = 0
   num_epochs: int = 1
   policy_gradient: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
@@ -56,7 +57,7 @@ def objective(
     settings.model, params, states, batch.trees, batch.length, batch.action_mask, allowed_tokens=allowed_tokens,
     stop_token_id=settings.stop_token_id, max_length=settings.max_length,
   )  # fmt: skip
-  log_prob = losses.act_log_probs(log_pf, log_pterm, batch.length)
+  log_prob = losses.act_log_probs(log_pf, log_pterm, batch.length, settings.min_length)
   match settings.loss_name:
     case "sft":  # it knows no reward
       terms = losses.sft_terms(log_pf, log_pterm, batch.terminable, batch.action_mask)
@@ -155,8 +156,8 @@ def step_settings(
   return StepSettings(
     model, config.loss.name if method == "gfn" else method, config.loss.subtb_lambda,
     1 if supervised else config.sampler.num_samples,
-    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, dropout,
-    config.model.remat, num_epochs(config), gradients,
+    num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, dropout, config.model.remat,
+    config.sampler.min_length, num_epochs(config), gradients,
   )  # fmt: skip
 
 

@@ -24,12 +24,18 @@ class Task(TextCodec):
     allowed_tokens: bool [V], the vocabulary of Z, stop token included.
     stop_token_id: ends Z. It is Y's first token, or the end of the text where there is no Y.
     tool: as in `Sampler`; None for none.
+    demonstrations: what a prompt may show: Examples with a Z or a label.
+    reads_test_path: whether config.data.test_path may name its test problems.
+    has_m_step: whether supervised fine-tuning on it can learn from config.em.rationales_path.
   """
 
   name: ClassVar[str] = ""
+  reads_test_path: ClassVar[bool] = False
+  has_m_step: ClassVar[bool] = False
   tool: Any = None
   num_seeded = 0
   examples: Sequence[Example] = ()
+  demonstrations: Sequence[Example] = ()
   allowed_tokens: np.ndarray
   stop_token_id: int
 
@@ -67,11 +73,26 @@ class Task(TextCodec):
     return token
 
   def stop_of_targets(self) -> int:
-    """The first token of the examples' targets. Raises ValueError where they begin with different ones."""
-    stops = {self.encode_after(e.target)[0] for e in self.examples}
-    if len(stops) > 1:
-      raise ValueError(f"the targets begin with different tokens {sorted(stops)[:5]}: Z would have no one stop token")
-    return stops.pop()
+    """The first token of the examples' targets, which ends Z.
+
+    Raises:
+      ValueError: a target is empty, or begins with another token than the first one, or with none of the tokenizer's;
+        one line that names its record.
+    """
+    stop = None
+    for e in self.examples:
+      tokens = self.encode_after(e.target)
+      begin = self.decode(tokens[:1]).strip()
+      where = f"the target {e.target[:40]!r} of {e.prompt[:200]!r}"
+      known = tokens and tokens[0] != self._tokenizer.unk_token_id and begin
+      if not known or not e.target.strip().startswith(begin.rstrip("\ufffd")):  # that: a part of a character
+        raise ValueError(f"{where} begins with no token of the tokenizer's: Z would have no stop token")
+      if tokens[0] != (stop := tokens[0] if stop is None else stop):
+        other = self.decode([stop])
+        raise ValueError(f"{where} begins with {begin!r}, others with {other!r}: Z would have no one stop token")
+    if stop is None:
+      raise ValueError(f"the {self.name} task has no training examples")
+    return stop
 
   def encode_prompt(self, prompt: str) -> list[int]:
     """A prompt as policy and reward read it, `start_tokens` before it."""
@@ -82,9 +103,16 @@ class Task(TextCodec):
     eos = self._tokenizer.eos_token_id
     return list(self.start_tokens) or ([] if eos is None else [eos])
 
-  def context_tokens(self, num_demonstrations: int) -> list[int]:
-    """What the reward, and a base with demonstrations, read before a prompt; [] for nothing."""
-    del num_demonstrations
+  def shown(self, number: int, seed: int | None = None) -> list[Example]:
+    """The first demonstrations; with a seed as many in a random order, as a baseline's prompts are drawn."""
+    if seed is None:
+      return list(self.demonstrations[:number])
+    order = np.random.default_rng(seed).permutation(len(self.demonstrations))
+    return [self.demonstrations[i] for i in order[:number]]
+
+  def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
+    """What the reward, and a base with demonstrations, read before a prompt; [] for nothing. `seed`: as of `shown`."""
+    del num_demonstrations, seed
     return []
 
   def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]] | None:

@@ -100,6 +100,13 @@ class Trajectory:
     end = np.take_along_axis(np.asarray(self.log_pterm), np.asarray(self.length)[:, None], axis=1)[:, 0]
     return np.asarray(self.log_pf).sum(-1) + end
 
+  def log_drawn(self, min_length: int) -> np.ndarray:
+    """float [B], log-probability with which Z is drawn at temperature 1: log q, but that no stop comes before
+    `min_length`."""
+    log_stop = np.asarray(self.log_pterm, np.float64)[:, :min_length]
+    chosen = np.asarray(self.action_mask)[:, :min_length]
+    return self.log_q - np.where(chosen, np.log1p(-np.exp(np.minimum(log_stop, -1e-7))), 0.0).sum(-1)
+
   def rows(self, index) -> "Trajectory":
     """The rows that `index` picks."""
     return jax.tree.map(lambda x: x[index], self)

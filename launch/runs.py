@@ -66,27 +66,26 @@ def resolve(config_file: str, name: str, variant: str = "", common: dict[str, An
     common: fields of all runs.
 
   Raises:
-    ValueError: there is no such sweep, one of its runs does not validate, or what is common contradicts it.
+    ValueError: there is no such sweep or variant, one of its runs does not validate, or what is common contradicts it.
   """
   common = common or {}
   get_config = load_named(f"{config_file}:get_config")
   runs = {}
   for own, overrides in load_named(f"{config_file}:sweep")(name):
-    if own and variant:
-      raise ValueError(f"--config={config_file}:{variant}: sweep {name!r} has runs of its own variant {own!r}")
     if both := overrides.keys() & common.keys():
       raise ValueError(f"--config.{min(both)}: sweep {name!r} sets it itself")
     folder = run_name(own, overrides)
     if folder in runs:
       raise ValueError(f"sweep {name!r} has two runs that would be called {folder!r}")
-    config = get_config(own or variant)
+    own = "_".join(filter(None, (variant, own)))  # subj.py's "sft" at the paper's size is "paper_sft"
+    config = get_config(own)
     config.update_from_flattened_dict(overrides | common)
     require_fields(config)
     try:
       validate(config, num_devices=1)
     except ValueError as e:
       raise ValueError(f"run {folder!r}: {e}") from None
-    runs[folder] = Run(folder, own or variant, overrides, common, config)
+    runs[folder] = Run(folder, own, overrides, common, config)
   return list(runs.values())
 
 

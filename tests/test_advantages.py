@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gfn_jax.advantages import adapt_kl_coefficient, gae, group_advantages, whiten
+from gfn_jax.advantages import adapt_kl_coefficient, explained_variance, gae, group_advantages, whiten
 
 
 def test_gae_by_hand():
@@ -35,6 +35,14 @@ def test_gae_is_the_weighted_sum_of_its_definition(discount, gae_lambda):
   if discount == gae_lambda == 1:  # the whole return less the value
     returns = np.where(acts, rewards, 0.0)[:, ::-1].cumsum(axis=1)[:, ::-1]
     np.testing.assert_allclose(advantages[acts], (returns - values)[acts])
+
+
+def test_explained_variance():
+  targets, mask = np.array([[1.0, 3.0, 100.0]]), np.array([[True, True, False]])
+  assert explained_variance(targets, targets, mask) == 1
+  assert explained_variance(np.full((1, 3), 7.0), targets, mask) == 0
+  assert explained_variance(np.array([[1.0, 2.0, 0.0]]), targets, mask) == pytest.approx(1 - 0.25)
+  assert explained_variance(targets, np.ones((1, 3)), mask) == 0  # nothing to explain
 
 
 def test_whitening():

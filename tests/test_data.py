@@ -99,6 +99,9 @@ def test_a_prompt_that_does_not_fit_is_named():
     ValueError, match="'a long question' has 15 tokens: with 16 more it exceeds the model's 30 positions"
   ):
     data.query_table(examples, task, max_positions=30, reserved=13)
+  asked = [Example("short", None, "yes", "", reward_prompt="what the reward reads")]
+  with pytest.raises(ValueError, match="'what the reward reads' has 21 tokens"):
+    data.query_table(asked, task, max_positions=30, reserved=12)
 
 
 def test_a_prompt_begins_with_the_start_tokens():

@@ -36,6 +36,8 @@ class Letters(Task):
 class KnownSampler(Sampler):
   """Samples of two tokens, whose log q stands in LOG_Q: -0.5 for stopping, the rest for the first token."""
 
+  min_length = 0
+
   def __init__(self):
     pass
 
@@ -64,8 +66,8 @@ class KnownReward:
     return values
 
 
-def quality(log_reward, temperature):
-  parts = Parts(None, tiny_pretrained(), {}, Letters(), KnownSampler(), KnownReward(log_reward), [])
+def quality(log_reward, temperature, sampler=KnownSampler):
+  parts = Parts(None, tiny_pretrained(), {}, Letters(), sampler(), KnownReward(log_reward), [])
   found = posterior_quality(
     None, parts, EXAMPLES, num_calls=2, num_samples=3, reward_temperature=temperature, key=jax.random.key(0)
   )
@@ -95,6 +97,24 @@ def test_quality_against_plain_numpy():
   assert found["log_partition_lower"] == pytest.approx(np.mean(log_reward / 2 - LOG_Q))
   assert found["length_mean"] == 2 and found["distinct_samples"] == 1  # a query's samples are the same two tokens
   assert "log_partition_upper" not in found  # the task has no exact samples
+
+
+def test_short_z_that_are_never_drawn_loosen_no_bound():
+  """A stop had the probability 1/4 at each of two prefixes: what is drawn is drawn 16/9 times as often as q says."""
+
+  class Closed(KnownSampler):
+    min_length = 2
+
+    def __call__(self, *args, **kwargs):
+      z = super().__call__(*args, **kwargs)
+      z.log_pterm[:, :2] = np.log(0.25)
+      return z
+
+  log_z = np.array([[-7.0], [3.0], [-20.0], [0.0]])
+  found = quality(LOG_Q + log_z, 1.0, Closed)
+  assert found["log_ratio_variance"] == pytest.approx(0, abs=1e-9)  # of q itself, which is exact
+  assert found["log_partition_lower"] == pytest.approx(log_z.mean() + 2 * np.log(0.75))  # log Z of what can be drawn
+  assert found["effective_sample_share"] == pytest.approx(1)
 
 
 def test_the_upper_bound_of_equal_queries_is_measured_once(monkeypatch):
@@ -146,6 +166,7 @@ class Numbered(Sampler):
 def test_accuracy_of_each_kind_and_every_sample_of_the_shown_problems(monkeypatch):
   kinds = {"3": [Example("x", None, "y", str(3 * i)) for i in range(5)], "4": [Example("x", None, "y", "15")] * 2}
   config = ml_collections.ConfigDict({"eval": {"num_votes": 3, "max_length": 1, "temperature": 0.1}})
+  monkeypatch.setattr(accuracy, "SHOWN", 4)
   monkeypatch.setattr(Evaluator, "_sampler", lambda self: Numbered())
   monkeypatch.setattr(accuracy, "query_table", lambda examples, *_: Queried(np.arange(len(examples))))
   monkeypatch.setattr(

@@ -63,7 +63,9 @@ def test_records_are_held_out(base, tmp_path):
   assert [len(p) for p in prompts] == [14, 3, 3] and len(set.union(*prompts)) == 20
   other = records(tmp_path, [{"q": "z"}, {"q": "y"}], "test.jsonl")
   task = make(base, records(tmp_path, ROWS), test_path=other, prompt="{q}")
-  assert len(task.examples) == 20 and {e.prompt for e in task.test_examples(9)[""]} == {"y"}
+  assert [e.prompt for e in task.test_examples(1)[""]] == ["z", "y"]  # all of it
+  validation = {e.prompt for e in task.validation_examples(99)[""]}
+  assert len(task.examples) == 18 and len(validation) == 2 and not validation & {e.prompt for e in task.examples}
 
 
 def test_an_empty_reward_prompt_is_the_beginning_of_a_text(base, tmp_path):
@@ -100,7 +102,8 @@ def test_a_constraint_of_ones_own(base, tmp_path):
     ({"prompt": "{nothing}"}, "record 1: template '{nothing}' names 'nothing'"),
     ({"prompt": "{q"}, "template '{q'"),
     ({"prompt": "{q}", "stop": "of two"}, "stop 'of two' must be one token"),
-    ({"prompt": "{q}", "target": "{a}."}, "targets begin with different tokens"),
+    ({"prompt": "{q}", "target": "{a}."}, "the target '.*' of '.*' begins with '.*', others with"),
+    ({"prompt": "{q}", "rationale": " {whi}"}, "rationale ' {whi}': no record of .*mine.jsonl has all"),
     ({"prompt": "{q}", "constraint": "nothing"}, "'nothing' names nothing"),
     ({"prompt": "{q}", "constraint": "json:lods"}, "json has no 'lods'"),
     ({"prompt": "{q}", "constraint": "no.such.module:f"}, "cannot be imported"),
@@ -111,6 +114,31 @@ def test_a_constraint_of_ones_own(base, tmp_path):
 def test_bad_settings_are_named(base, tmp_path, fields, named):
   with pytest.raises(ValueError, match=named):
     make(base, records(tmp_path, ROWS), **fields)
+
+
+@pytest.mark.parametrize(
+  "row, fields, named",
+  (
+    ({"q": "7", "a": ""}, {"target": "{a}"}, "the target '' of '7' begins with no token"),
+    ({"q": None, "a": "7"}, {}, "record 21: template '{q}' names 'q', which is null"),
+    ({"a": "7"}, {}, "record 21: template '{q}' names 'q': the record has a"),
+  ),
+)
+def test_a_bad_record_is_named(base, tmp_path, row, fields, named):
+  with pytest.raises(ValueError, match=named):
+    make(base, records(tmp_path, [dict(r, a="1") for r in ROWS] + [row]), **{"prompt": "{q}", **fields})
+
+
+@pytest.mark.parametrize(
+  "code, named",
+  (("def c(example, text):\n  return None\n", "gave None: must be log c in nats"), ("def c(:\n", "SyntaxError"),
+   ("nothing()\n", "NameError: name 'nothing'")),
+)  # fmt: skip
+def test_a_bad_constraint_is_named(base, tmp_path, code, named):
+  (tmp_path / "bad.py").write_text(code)
+  with pytest.raises(ValueError, match=named):
+    task = make(base, records(tmp_path, ROWS), prompt="{q}", constraint=f"{tmp_path}/bad.py:c")
+    task.log_constraint(task.examples[0], task.encode("a"))
 
 
 def test_a_missing_path_is_named(base):

@@ -7,9 +7,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import rng
 from gfn_jax import em
 from gfn_jax.evaluators.labels import average, top_reasons, vote
 from gfn_jax.models import load_pretrained
+from gfn_jax.tasks import require_abilities
 from gfn_jax.tasks.subj import SubjTask, prompt_of, to_example
 
 
@@ -73,6 +75,29 @@ def test_texts_are_the_papers(base, tmp_path):
   assert task.inverse_prompt(example) == f"{example.prompt} subjective because it is"
   context = task.decode(task.context_tokens(2))
   assert context.count("\n") == 2 and f"{task.demonstrations[0].prompt} {task.demonstrations[0].answer}.\n" in context
+
+
+def test_a_baselines_demonstrations_are_shuffled_by_its_seed(base, tmp_path):
+  task = make_task(base, tmp_path)
+  texts = [task.decode(task.context_tokens(4, seed)) for seed in (None, 0, 1, 1)]
+  shown = [[line.strip() for line in text.split("Classify")] for text in texts]
+  assert shown[2] == shown[3] and shown[0] != shown[1] != shown[2]
+  assert sorted(shown[0]) == sorted(shown[1]) == sorted(shown[2])
+  assert len(task.context_tokens(2, 1)) < len(task.context_tokens(4, 1))
+
+
+@pytest.mark.parametrize(
+  "fields, named",
+  (
+    ({"data.test_path": "x.json"}, "config.data.test_path 'x.json': the rng task reads no test problems"),
+    ({"em.num_rounds": 1}, "config.em.num_rounds 1: the rng task has no M-step"),
+  ),
+)
+def test_what_a_task_cannot_do_is_refused(fields, named):
+  c = rng.get_config("smoke")
+  c.update_from_flattened_dict(fields)
+  with pytest.raises(ValueError, match=named):
+    require_abilities(c)
 
 
 def test_training_validation_and_test_share_no_review(base, tmp_path):

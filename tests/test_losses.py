@@ -506,6 +506,19 @@ def test_policy_gradients_start_as_reinforce(loss):
 
 def test_acts_are_the_next_token_and_at_the_end_the_stop():
   log_pf, log_pterm = np.array([[1.0, 2.0], [3.0, 4.0]]), np.array([[10.0, 20.0, 30.0], [40.0, 50.0, 60.0]])
-  found = losses.act_log_probs(log_pf, log_pterm, np.array([1, 2]))
+  found = losses.act_log_probs(log_pf, log_pterm, np.array([1, 2]), 0)
   np.testing.assert_array_equal(found[0, :2], [1, 20])
   np.testing.assert_array_equal(found[1], [3, 4, 60])
+
+
+def test_acts_of_a_sampler_that_may_not_stop_yet():
+  """Four choices of three tokens and the stop, which is closed: the three share all."""
+  q = np.array([0.1, 0.2, 0.3, 0.4])  # the last is the stop
+  log_pf, log_pterm = np.log([[q[0], q[1]]]), np.log([[q[3], q[3], q[3]]])
+  found = losses.act_log_probs(log_pf, log_pterm, np.array([2]), 1)
+  np.testing.assert_allclose(found, np.log([[0.1 / 0.6, 0.2, 0.4]]), rtol=1e-6)
+
+
+def test_a_certain_stop_that_is_closed_leaves_finite_gradients():
+  gradient = jax.grad(lambda stop: losses.act_log_probs(jnp.full((1, 1), -20.0), stop, jnp.array([1]), 1).sum())
+  assert np.isfinite(gradient(jnp.zeros((1, 2)))).all()

@@ -37,7 +37,8 @@ def make_run(folder, results, *, task="arith", method="gfn", seed=0, samples=(),
   found = {f"{task}/{k}": v for k, v in results.items()}
   if finished:
     (folder / "results.json").write_text(json.dumps(found | {"meta/seed": seed, "time/total_seconds": 1.0}))
-  (folder / "metrics.jsonl").write_text(json.dumps({"step": 250, **found}) + "\n")
+  steps = [{"step": n, "loss": 1.0, "step_seconds": s} for n, s in ((1, 9.0), (2, 0.25), (3, 0.75))]
+  (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (*steps, {"step": 250, **found})))
   (folder / "samples.jsonl").write_text("".join(json.dumps({"step": 250, **s}) + "\n" for s in samples))
   return folder
 
@@ -311,11 +312,21 @@ def test_a_sweep_of_ones_own_has_a_row_a_setting(tmp_path):
   write_report([tmp_path], tmp_path / "report")
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert "## objectives: arith" in markdown and "paper" not in row_of(markdown, "")
-  assert row_of(markdown, "GFlowNet fine-tuning, loss.name = tb") == ["50.0 (1)", "-", "-", "2.0 (1)", "-"]
+  assert row_of(markdown, "GFlowNet fine-tuning, loss.name = tb") == ["50.0 (1)", "-", "-", "2.0 (1)", "-", "0.75 (1)"]
   assert row_of(markdown, "base")[0] == "25.0 (1)"
   errors = [(r["method"], r["error"]) for r in read_csv(tmp_path / "report" / "objectives_errors.csv")]
   ours = label("gfn")
   assert errors[3:] == [(f"{ours}, loss.name = subtb", "other"), (f"{ours}, loss.name = tb", "wrong operator")]
+
+
+def test_a_sweep_over_methods_alone_stands_beside_the_paper(tmp_path):
+  for method in ("gfn", "ppo"):
+    make_run(tmp_path / method, {f"{method}/accuracy/3": 0.5}, method=method)
+  make_sweep(tmp_path, "configs/arith.py", "smoke", {m: {"method": m} for m in ("gfn", "ppo")})
+  write_report([tmp_path], tmp_path / "report")
+  markdown = (tmp_path / "report" / "report.md").read_text()
+  assert row_of(markdown, "PPO")[:2] == ["50.0 (1)", "30.6 ± 4.1"]
+  assert row_of(markdown, "PPO")[-1] == "0.75 (1)" and row_of(markdown, "")[-1] == "seconds a step"
 
 
 def test_a_row_names_no_setting_of_another_method(tmp_path):

@@ -18,9 +18,11 @@ from testing import random_lora
 RNG = {"low": 0, "high": 12, "target": "uniform", "parameter": None, "table": None, "prompt": None, "penalty": None}
 
 
-def config(max_length=4, **changes):
+def config(max_length=4, method="gfn", **changes):
   return ml_collections.ConfigDict({
     "rng": RNG | changes,
+    "method": method,
+    "data": {"seed": 0},
     "model": {"name": "embedded/arith-2m"},
     "sampler": {"max_length": max_length, "min_length": 0},
     "eval": {"num_votes": 3000, "max_length": max_length},
@@ -189,6 +191,17 @@ def test_histogram_kl_by_hand():
   log_p = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.25)}
   expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.25)
   assert histogram_kl({0: 3, 1: 1, 2: 0}, log_p) == pytest.approx(expected)
+
+
+def test_supervised_fine_tuning_shows_numbers_drawn_from_the_target(base):
+  task = make_task(base, method="sft", target="geometric", parameter=0.4, high=3, num_demonstrations=20000)
+  assert task.num_seeded == len(task.examples) == 20000
+  shown = [task.rationale_tokens(e, 4) for e in task.examples]
+  shares = np.array([sum(tuple(z) == task.number_tokens[n] for z, _ in shown) for n in range(4)]) / 20000
+  weights = np.array([0.6**n for n in range(4)])
+  np.testing.assert_allclose(shares, weights / weights.sum(), atol=0.02)
+  assert all(mask == [True] * len(z) for z, mask in shown)
+  assert task.validation_examples(2) == {"": [task.example_of(task.prompt)] * 2}
 
 
 def test_samples_of_the_target_are_tempered(base):

@@ -52,12 +52,13 @@ def test_a_sweeps_command_lines_give_valid_configs_in_folders_of_their_own(confi
   file = str(REPOSITORY / "configs" / f"{config}.py")
   pairs = importlib.import_module(f"configs.{config}").sweep(name)
   assert len({run_name(*pair) for pair in pairs}) == len(pairs) > 1
-  for run in resolve(file, name, common={"train.num_steps": 4000, "train.decay_steps": 0}):
+  for run in resolve(file, name, common={"checkpoint.every_steps": 4000}):
     config = as_main_reads(run.flags(file, tmp_path))
     assert config.variant == run.variant
     fields = flatten(config)
     assert {k: fields[k] for k in run.overrides} == json.loads(json.dumps(run.overrides))  # tuples as lists
-    assert fields == flatten(run.config) and run.num_steps == config.train.num_steps == 4000
+    assert fields == flatten(run.config) and run.num_steps == config.train.num_steps
+    assert config.checkpoint.every_steps == 4000
 
 
 def test_the_tables_of_the_paper_are_listed():
@@ -68,6 +69,8 @@ def test_the_tables_of_the_paper_are_listed():
   assert [fields["method"] for _, fields in arith.sweep("smoke")] == list(METHODS)
   assert Counter(variant for variant, _ in subj.sweep("table3")) == {"": 9, "sft": 9}
   assert len(arith.sweep("table4")) == 12
+  of_paper = resolve(str(REPOSITORY / "configs" / "subj.py"), "table3", "paper")
+  assert Counter(run.config.variant for run in of_paper) == {"paper": 9, "paper_sft": 9}
 
 
 def test_every_method_is_tuned_by_nine_trials_on_problems_that_no_table_is_made_of():
@@ -116,7 +119,7 @@ def test_resolve(config_file):
   [
     (("same",), "two runs that would be called 'seed=0'"),
     (("two", "", {"seed": 3}), "--config.seed: sweep 'two' sets it itself"),
-    (("variants", "smollm2"), "own.py:smollm2: sweep 'variants' has runs of its own variant 'smoke'"),
+    (("variants", "smollm2"), "config variant 'smollm2_smoke' is unknown"),
     (("wrong",), "run 'num_votes=0': config.eval.num_votes is 0: must be positive"),
   ],
 )
@@ -498,7 +501,7 @@ def test_dry_run_prints_command_lines_and_states(commands):
   "case, named",
   [
     ("no name", ["--name is missing"]),
-    ("unknown name", ["'table9'", "smoke, table4, table_e3, objectives, misspecified"]),
+    ("unknown name", ["'table9'", "smoke, tuning, table4, table_e3, objectives, misspecified"]),
     ("no sweep", ["none.py has no 'sweep'"]),
     ("no config", ["--config is missing"]),
     ("unknown field", ["direction"]),

@@ -89,6 +89,8 @@ def render(template: str, record: Mapping) -> str:
     if field is not None:
       if field not in record:
         raise ValueError(f"template {template!r} names {field!r}: the record has {', '.join(record) or 'no fields'}")
+      if record[field] is None:
+        raise ValueError(f"template {template!r} names {field!r}, which is null")
       parts.append(str(record[field]))
   return "".join(parts)
 

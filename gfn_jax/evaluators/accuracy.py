@@ -10,7 +10,7 @@ from gfn_jax.evaluators.evaluator import Evaluator, Problems
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.models import Lora
 
-SHOWN = 4  # problems of a kind whose samples are recorded
+SHOWN = 20  # problems of a kind whose samples are recorded
 
 
 class Accuracy(Evaluator):

@@ -89,7 +89,7 @@ class Reasons(Evaluator):
     parts = self._parts
     shots, room = parts.config.subj.num_labels, parts.pretrained.config.max_positions
     longest = max(len(parts.task.encode_prompt(e.prompt)) for kind in problems.values() for e in kind) + 8
-    for name, context in (("zero_shot", []), (f"{shots}_shot", parts.task.context_tokens(shots))):
+    for name, context in (("zero_shot", []), (f"{shots}_shot", parts.task.context_tokens(shots, parts.config.seed))):
       if len(context) + longest > room:
         print(f"{name} is left out: {len(context)} tokens of labelled reviews do not fit {room} positions", flush=True)
         continue

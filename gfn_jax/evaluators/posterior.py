@@ -31,7 +31,9 @@ def posterior_quality(
 ) -> Iterator[tuple[str, float]]:
   """Samples N rationales a query from q at temperature 1 and weighs them: w = log R / T - log q.
 
-  At an exact policy every w of a query is its log Z. Yields, meaned over queries:
+  At an exact policy every w of a query is its log Z. Where the sampler's min_length keeps short Z from being drawn,
+  importance sampling and the lower bound go by what Z is drawn with (`Trajectory.log_drawn`). Yields, meaned over
+  queries:
     log_ratio_variance: the variance of w within a query, nats^2; 0 for an exact sampler.
     log_reward_correlation: Pearson, of log R / T and log q about their queries' means.
     effective_sample_share: (sum e^w)^2 / (N sum e^2w), of importance sampling from q; 1 for an exact sampler.
@@ -42,7 +44,7 @@ def posterior_quality(
   Args:
     examples: sampled in `num_calls` equal parts.
   """
-  log_rewards, log_qs, distinct, lengths = [], [], [], []
+  log_rewards, log_qs, log_drawn, distinct, lengths = [], [], [], [], []
   task, max_positions = parts.task, parts.pretrained.config.max_positions
   table = query_table(examples, task, max_positions, 0)
   for call, ids in enumerate(np.split(np.arange(len(examples)), num_calls)):
@@ -53,15 +55,18 @@ def posterior_quality(
     )  # fmt: skip
     log_rewards.append(whole_log_rewards(parts.reward, queries, z.tokens, z.length) / reward_temperature)
     log_qs.append(z.log_q)
+    log_drawn.append(z.log_drawn(parts.sampler.min_length))
     texts = np.array([str(row[:n].tolist()) for row, n in zip(z.tokens, z.length)]).reshape(len(ids), num_samples)
     distinct += [len(set(row)) for row in texts]
     lengths.append(z.length)
-  log_reward, log_q = (np.concatenate(x).reshape(len(examples), num_samples) for x in (log_rewards, log_qs))
-  log_weight = np.asarray(log_reward, np.float64) - log_q
-  yield "log_ratio_variance", float(np.var(log_weight, axis=1).mean())
+  log_reward, log_q, log_drawn = (
+    np.concatenate(x).reshape(len(examples), num_samples) for x in (log_rewards, log_qs, log_drawn)
+  )
+  yield "log_ratio_variance", float(np.var(np.asarray(log_reward, np.float64) - log_q, axis=1).mean())
   a, b = (x - x.mean(axis=1, keepdims=True) for x in (log_reward, log_q))
   norm = float(np.sqrt((a**2).sum() * (b**2).sum()))
   yield "log_reward_correlation", float((a * b).sum()) / norm if norm > 0 else 0.0
+  log_weight = log_reward - log_drawn
   weight = np.exp(log_weight - log_weight.max(axis=1, keepdims=True))
   yield "effective_sample_share", float((weight.sum(1) ** 2 / (weight**2).sum(1)).mean()) / num_samples
   yield "log_partition_lower", float(log_weight.mean())

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -51,11 +52,12 @@ class Suite:
     self._validation = task.validation_examples(config.eval.num_validation)
     held_out = {"test": task.test_examples, "validation": task.validation_examples}
     self._test = held_out[config.eval.split](config.eval.num_test)
-    shots = config.reward.num_demonstrations, *config.eval.shots  # before the reward's questions, and the base's
-    empty = [k for k in config.eval.shots if not task.context_tokens(k)]
+    self._shown = {k: task.context_tokens(k, config.seed) for k in config.eval.shots}
+    empty = [k for k, context in self._shown.items() if not context]
     if empty:
       raise ValueError(f"config.eval.shots {empty[0]}: the task {task.name!r} has no demonstrations to show")
-    reserved = max(len(task.context_tokens(k)) for k in shots) + max(config.sampler.max_length, config.eval.max_length)
+    contexts = task.context_tokens(config.reward.num_demonstrations), *self._shown.values()
+    reserved = max(map(len, contexts)) + max(config.sampler.max_length, config.eval.max_length)
     examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._draws = Draws()
@@ -74,10 +76,11 @@ class Suite:
     # As many at a time as a training step samples: the same shapes, so nothing new is compiled.
     config = self._parts.config
     at_once = num_sampled(config.behavior, config.train.num_queries)
-    calls = min(len(examples) // max(1, at_once), POSTERIOR_CALLS)
-    if at_once and calls:
+    if at_once and examples:
+      calls = min(max(1, len(examples) // at_once), POSTERIOR_CALLS)
+      taken = itertools.islice(itertools.cycle(examples), calls * at_once)  # fewer than a call's are taken again
       yield from posterior_quality(
-        lora, self._parts, examples[: calls * at_once], num_calls=calls, num_samples=config.sampler.num_samples,
+        lora, self._parts, list(taken), num_calls=calls, num_samples=config.sampler.num_samples,
         reward_temperature=reward_temperature, key=key, on_round=on_round,
       )  # fmt: skip
 
@@ -118,12 +121,12 @@ class Suite:
 
   def _rows(self, lora, reward_temperature, key, on_round, say) -> Iterator[tuple[str, Callable[[], Evaluation]]]:
     """What a test consists of, each with a name of its own: policies by evaluators, baselines, the posterior."""
-    task, config = self._parts.task, self._parts.config
+    config = self._parts.config
     method = config.method
     policies = [] if lora is None else [(method, lora, ())]
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
-      policies += [("base", off, ())] + [(f"base_{k}shot", off, task.context_tokens(k)) for k in config.eval.shots]
+      policies += [("base", off, ())] + [(f"base_{k}shot", off, before) for k, before in self._shown.items()]
     names, own = sum(self._names, ()), self._evaluators + self._test_evaluators
     number = sum(map(len, self._test.values()))
 

@@ -6,6 +6,7 @@ import functools
 import math
 import os
 import re
+import statistics
 from typing import Any
 
 from gfn_jax.files import Path, is_remote, read_json, to_path
@@ -21,7 +22,7 @@ class Run:
   Attributes:
     folder: its workdir.
     config: dotted field -> value.
-    results: `<task>/<method>/<metric>[/<slice>]` -> value.
+    results: `<task>/<method>/<metric>[/<slice>]` -> value; `step_seconds` among them, the median of the steps.
     commit: of the source tree that ran; `devices`: what they were, "1 x cpu".
     sweep: the name of the sweep that it belongs to; None for a single run.
     sweep_command: the sweep's command; None for a single run.
@@ -99,6 +100,9 @@ def _read_run(workdir: Path, of_sweep: Mapping[str, Any]) -> Run | None:
   if results.get("meta/num_steps", math.inf) < config.get("train.num_steps", 0):
     return None  # it goes on for more steps than these results are of
   values = {k: float(v) for k, v in results.items() if k.startswith(f"{config['task']}/") and not _OF_A_ROUND.search(k)}
+  seconds = [r["step_seconds"] for r in read_jsonl(workdir / "metrics.jsonl") if "step_seconds" in r]
+  if seconds:
+    values[f"{config['task']}/{config['method']}/step_seconds"] = statistics.median(seconds)
   devices = record.get("devices", [])
   # Older files have the devices' names alone: "cpu:0".
   kinds = record.get("device_kinds") or sorted({d.partition(":")[0] for d in devices})

@@ -78,9 +78,10 @@ def _ablated(label: str, seed_from: str, votes: int, *paper: str) -> Row:
 
 _OPERANDS = _shares("accuracy", "3", "4", "5")
 _LABELS = _shares("accuracy", "10", "20", "50")
-_EXACTNESS = (  # what a sweep of ours is after
+_FURTHER = (  # what a sweep of ours is after
   Column("Var(log R / T - log q), nats²", "log_ratio_variance"),
   Column("correlation of log R / T and log q", "log_reward_correlation", digits=".3f"),
+  Column("seconds a step", "step_seconds", digits=".3g"),
 )
 
 TABLES = {
@@ -181,6 +182,8 @@ MAIN = {"arith": "table4", "infill": "table2", "next_sentence": "fig3", "rng": "
 def table_of(name: str, runs: Sequence[Run]) -> Table:
   """The table of that name; for another name the main columns of the runs' task, a row a setting of the sweep.
 
+  Where nothing but the method varies, the rows are the main table's, with the paper's numbers.
+
   Raises:
     ValueError: the runs are of several tasks, or of another than the table's.
   """
@@ -195,10 +198,13 @@ def table_of(name: str, runs: Sequence[Run]) -> Table:
   varied = tuple(sorted(f for f in swept if len({json.dumps(run.config.get(f)) for run in runs}) > 1))
   if task in MAIN:
     main = TABLES[MAIN[task]]
+    if set(varied) <= set(main.in_columns):
+      return dataclasses.replace(main, columns=main.columns + _FURTHER)
     varied = tuple(dict.fromkeys(varied + main.in_columns))
   else:
     metrics = dict.fromkeys(k.split("/", 2)[2] for run in runs for k in run.results)
-    main = Table("", task, tuple(Column(m, m, digits=".4g") for m in metrics if m not in POSTERIOR_METRICS))
+    further = (*POSTERIOR_METRICS, *(c.key for c in _FURTHER))
+    main = Table("", task, tuple(Column(m, m, digits=".4g") for m in metrics if m not in further))
   return dataclasses.replace(
-    main, title=title, columns=main.columns + _EXACTNESS, rows=(), varied=varied, baselines_vary=True
+    main, title=title, columns=main.columns + _FURTHER, rows=(), varied=varied, baselines_vary=True
   )

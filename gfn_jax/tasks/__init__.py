@@ -21,14 +21,28 @@ TASKS: dict[str, type[Task]] = {
 }
 
 
-def make_task(config: Any, tokenizer: Any, vocab_size: int) -> Task:
-  """The task that `config.task` names: one of TASKS, or a user's own class as "package.module:Class".
+def task_class(config: Any) -> type[Task]:
+  """What `config.task` names: one of TASKS, or a user's own class as "package.module:Class".
 
   Raises:
     ValueError: an unknown one.
   """
   if ":" in config.task:
-    return load_named(config.task)(config, tokenizer, vocab_size)
+    return load_named(config.task)
   if config.task not in TASKS:
     raise ValueError(f"config.task {config.task!r} is unknown: choose from {', '.join(TASKS)}, or name module:Class")
-  return TASKS[config.task](config, tokenizer, vocab_size)
+  return TASKS[config.task]
+
+
+def require_abilities(config: Any) -> None:
+  """Raises ValueError where a config asks for what its task cannot do."""
+  task = task_class(config)
+  if config.data.test_path is not None and not task.reads_test_path:
+    raise ValueError(f"config.data.test_path {config.data.test_path!r}: the {task.name} task reads no test problems")
+  if config.em.num_rounds and not task.has_m_step:
+    raise ValueError(f"config.em.num_rounds {config.em.num_rounds}: the {task.name} task has no M-step")
+
+
+def make_task(config: Any, tokenizer: Any, vocab_size: int) -> Task:
+  """The task of a config; as `task_class`, and as the task's constructor raises."""
+  return task_class(config)(config, tokenizer, vocab_size)

@@ -48,6 +48,7 @@ class ArithTask(Task):
   """Integer arithmetic; its tool is the calculator."""
 
   name = "arith"
+  reads_test_path = True
 
   def __init__(self, config: Any, tokenizer: Any, vocab_size: int):
     """`config` is the run's. Raises ValueError for data or a tokenizer that cannot serve."""
@@ -84,9 +85,9 @@ class ArithTask(Task):
   def _written(self, rationale: str) -> str:
     return f" {expressions.without_results(rationale)}"
 
-  def context_tokens(self, num_demonstrations: int) -> list[int]:
+  def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
     """Demonstrations with their results written out, a line each, as they stand before a question."""
-    shown = self.demonstrations[:num_demonstrations]
+    shown = self.shown(num_demonstrations, seed)
     lines = self.encode("".join(f"{e.prompt} {e.rationale}{e.target}\n" for e in shown))
     return [*self.start_tokens, *lines] if shown else []
 

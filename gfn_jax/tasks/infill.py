@@ -51,6 +51,8 @@ class InfillTask(Task):
     examples = self._load("train")
     self._validation = examples[: c.num_validation]
     self.examples = examples[c.num_validation :]
+    if not self.examples:
+      raise ValueError(f"config.infill.num_validation {c.num_validation}: there are {len(examples)} training stories")
     self.num_seeded = len(self.examples) if config.replay.seed_from == "demonstrations" else 0
     self.stop_token_id = self.stop_of_targets()
     # A sentence has one full stop: a token that holds one with something else would end it unseen.

@@ -5,6 +5,7 @@ Policy and reward may read different prompts: in infilling the policy sees what 
 
 from collections.abc import Sequence
 import dataclasses
+import numbers
 import re
 from typing import Any
 
@@ -36,6 +37,7 @@ class JsonlTask(Task):
   """Templates over a user's records."""
 
   name = "jsonl"
+  reads_test_path = True
 
   def __init__(self, config: Any, tokenizer: Any, vocab_size: int):
     """`config` is the run's. Raises ValueError for records, templates or a tokenizer that cannot serve."""
@@ -48,15 +50,17 @@ class JsonlTask(Task):
       raise ValueError("config.jsonl.constraint is a function of its own: it takes the place of the lists of words")
     made = self._read(path)
     order = np.random.default_rng(config.data.seed).permutation(len(made))
-    num_held_out = 0 if test_path else max(2, round(c.held_out_share * len(made)))
+    num_held_out = max(1 if test_path else 2, round(c.held_out_share * len(made)))
     if len(made) <= num_held_out:
-      raise ValueError(
-        f"{path} has {len(made)} records and {num_held_out} are held out: add records, or config.data.test_path"
-      )
-    held_out = self._read(test_path) if test_path else [made[i] for i in order[:num_held_out]]
-    self._validation, self._test = held_out[0::2] or held_out, held_out[1::2] or held_out
-    kept = [made[i] for i in order[num_held_out:]]
+      raise ValueError(f"{path} has {len(made)} records and {num_held_out} are held out: add records")
+    held_out, kept = ([made[i] for i in ids] for ids in np.split(order, [num_held_out]))
+    self._validation, self._test = held_out[0::2], held_out[1::2]
+    if test_path:
+      self._validation, self._test = held_out, self._read(test_path)
+    self._tests_all = test_path is not None
     self.demonstrations = [e for e in kept if e.rationale is not None]
+    if c.rationale is not None and not any(e.rationale is not None for e in made):
+      raise ValueError(f"config.jsonl.rationale {c.rationale!r}: no record of {path} has all of its fields")
     seeded = self.demonstrations if config.replay.seed_from == "demonstrations" else []
     self.num_seeded = len(seeded)
     self.examples = seeded + [e for e in kept if e.rationale is None or not seeded]
@@ -85,7 +89,7 @@ class JsonlTask(Task):
   def _example(self, record: dict) -> Example:
     c = self._settings
     fill = lambda template: json_lines.render(template, record)  # noqa: E731
-    shown = c.rationale is not None and set(json_lines.template_fields(c.rationale)) <= record.keys()
+    shown = c.rationale is not None and all(record.get(f) is not None for f in json_lines.template_fields(c.rationale))
     return Example(
       prompt=fill(c.prompt),
       rationale=fill(c.rationale) if shown else None,
@@ -98,11 +102,14 @@ class JsonlTask(Task):
     return rationale  # a template says itself where its spaces are
 
   def _constrain(self, example: Example, tokens: list[int]) -> float:
-    return float(self._log_c(example, self.decode(tokens)))
+    log_c = self._log_c(example, self.decode(tokens))
+    if not isinstance(log_c, numbers.Real):
+      raise ValueError(f"config.jsonl.constraint {self._settings.constraint!r} gave {log_c!r}: must be log c in nats")
+    return float(log_c)
 
-  def context_tokens(self, num_demonstrations: int) -> list[int]:
+  def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
     """Records that have a Z, whole, a line each."""
-    shown = self.demonstrations[:num_demonstrations]
+    shown = self.shown(num_demonstrations, seed)
     lines = self.encode("".join(f"{e.reward_prompt or e.prompt}{e.rationale}{e.target}\n" for e in shown))
     return [*self.start_tokens, *lines] if shown else []
 
@@ -117,4 +124,5 @@ class JsonlTask(Task):
     return {"": self._validation[:number]}
 
   def test_examples(self, number: int) -> dict[str, list[Example]]:
-    return {"": self._test[:number]}
+    """`number` of the records held out, or all of config.data.test_path."""
+    return {"": self._test if self._tests_all else self._test[:number]}

@@ -5,6 +5,7 @@ the reward.
 """
 
 from collections.abc import Sequence
+import dataclasses
 import itertools
 import math
 import pathlib
@@ -156,7 +157,12 @@ class RngTask(Task):
     if len(self._numbers) < len(self.number_tokens) or () in self._numbers:
       raise ValueError(f"model {config.model.name!r} does not write the numbers {c.low}..{c.high} apart")
     self._penalty = math.log(vocab_size) + 12 if c.penalty is None else c.penalty
-    self.examples = [self.example_of(self.prompt)]
+    self._query = self.example_of(self.prompt)
+    self.examples = [self._query]
+    if config.method == "sft":
+      drawn = self._draw(c.num_demonstrations, 1.0, np.random.default_rng(config.data.seed))
+      self.examples = [dataclasses.replace(self._query, rationale=str(n)) for n in drawn]
+      self.num_seeded = len(self.examples)
 
   def encode_prompt(self, prompt: str) -> list[int]:
     return self._prompt_tokens if prompt == self.prompt else super().encode_prompt(prompt)
@@ -168,21 +174,29 @@ class RngTask(Task):
 
   def validation_examples(self, number: int) -> dict[str, list[Example]]:
     """The one prompt, `number` times: what is measured on it is a matter of samples."""
-    return {"": self.examples * number}
+    return {"": [self._query] * number}
 
   def test_examples(self, number: int) -> dict[str, list[Example]]:
     """The one prompt."""
     del number
-    return {"": list(self.examples)}
+    return {"": [self._query]}
+
+  def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]]:
+    """A number that supervised fine-tuning shows; none is longer than `max_length`."""
+    del max_length
+    tokens = self.number_tokens[int(example.rationale)]
+    return list(tokens), [True] * len(tokens)
+
+  def _draw(self, num_samples: int, reward_temperature: float, rng: np.random.Generator) -> list[int]:
+    scores = np.array(list(self.log_probs.values())) / reward_temperature
+    weights = np.exp(scores - scores.max())
+    return rng.choice(list(self.log_probs), num_samples, p=weights / weights.sum()).tolist()
 
   def target_samples(
     self, example: Example, num_samples: int, reward_temperature: float, rng: np.random.Generator
   ) -> list[list[int]]:
     del example
-    scores = np.array(list(self.log_probs.values())) / reward_temperature
-    weights = np.exp(scores - scores.max())
-    numbers = rng.choice(list(self.log_probs), num_samples, p=weights / weights.sum())
-    return [list(self.number_tokens[int(n)]) for n in numbers]
+    return [list(self.number_tokens[n]) for n in self._draw(num_samples, reward_temperature, rng)]
 
   def reward_text(self, config: Any) -> str:
     c = config.rng

@@ -39,6 +39,7 @@ class SubjTask(Task):
   """Reasons for a label."""
 
   name = "subj"
+  reads_test_path = has_m_step = True
   labels = LABELS
   target_of = staticmethod(target_of)
   direct_target = staticmethod(direct_target)
@@ -81,9 +82,9 @@ class SubjTask(Task):
       return None
     return z, [True] * len(z)
 
-  def context_tokens(self, num_demonstrations: int) -> list[int]:
+  def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
     """Labelled reviews, a line each."""
-    shown = self.demonstrations[:num_demonstrations]
+    shown = self.shown(num_demonstrations, seed)
     lines = self.encode("".join(f"{e.prompt}{direct_target(e.answer)}\n" for e in shown))
     return [*self.start_tokens, *lines] if shown else []
 
