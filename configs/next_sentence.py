@@ -12,7 +12,7 @@ sentence encoder of BERT's type (hub id or folder).
 
 import ml_collections
 
-from gfn_jax.config import base_config, grid, minilm, smollm2
+from gfn_jax.config import SEEDS, base_config, grid, minilm, smollm2
 
 VARIANTS = ("", "smoke", "paper")
 
@@ -77,7 +77,7 @@ def get_config(variant: str = ""):
 def sweep(name: str) -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
   sweeps = {
-    "fig3": [("", fields) for fields in grid({"reward.temperature_end": (0.8, 0.85, 0.875, 0.9, 0.95)})],
+    "fig3": [("", fields) for fields in grid({"reward.temperature_end": (0.8, 0.85, 0.875, 0.9, 0.95), "seed": SEEDS})],
   }
   if name not in sweeps:
     raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")

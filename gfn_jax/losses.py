@@ -272,6 +272,9 @@ def ppo_terms(
   return jnp.where(acts.mask, loss, 0.0).sum(), acts.mask.sum().astype(loss.dtype)
 
 
+_LARGEST_LOG_RATIO = 60.0  # nats; e^88 is no float32
+
+
 def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coefficient: float) -> Terms:
   """Group-relative policy optimisation (Shao et al., 2024, Eq. 3): meant over a row's acts, and then over the rows.
 
@@ -282,7 +285,7 @@ def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coe
   Args:
     log_prob: of the acts under the policy, nats. acts: what was measured before the update.
   """
-  log_ratio = jnp.where(acts.mask, acts.log_reference - log_prob, 0.0)
+  log_ratio = jnp.minimum(jnp.where(acts.mask, acts.log_reference - log_prob, 0.0), _LARGEST_LOG_RATIO)
   loss = _clipped(log_prob, acts, clip) + kl_coefficient * (jnp.expm1(log_ratio) - log_ratio)
   number = acts.mask.sum(axis=1)
   rows = jnp.where(acts.mask, loss, 0.0).sum(axis=1) / jnp.maximum(number, 1)
@@ -290,7 +293,7 @@ def grpo_terms(log_prob: Float[Array, "B S"], acts: Acts, *, clip: float, kl_coe
 
 
 def _clipped(log_prob, acts: Acts, clip: float):
-  ratio = jnp.exp(jnp.where(acts.mask, log_prob - acts.log_prob, 0.0))
+  ratio = jnp.exp(jnp.minimum(jnp.where(acts.mask, log_prob - acts.log_prob, 0.0), _LARGEST_LOG_RATIO))
   return -jnp.minimum(ratio * acts.advantage, jnp.clip(ratio, 1 - clip, 1 + clip) * acts.advantage)
 
 

@@ -4,12 +4,55 @@ import functools
 import json
 import math
 
+import ml_collections
+import numpy as np
 import pytest
 
 from gfn_jax.metrics import read_jsonl
+from gfn_jax.on_policy import GRPOCollector, PPOCollector
+from gfn_jax.types import Acts
 from testing import run_python
 
 pytestmark = pytest.mark.timeout(900)
+
+
+def collector(kind, **settings):
+  """One that knows its settings, and nothing to sample with."""
+  made = kind.__new__(kind)
+  made._config = ml_collections.ConfigDict(settings)
+  return made
+
+
+def acts_of(mask, log_ratio, value):
+  """Acts whose log-ratio to the base is given."""
+  zeros = np.zeros(mask.shape)
+  return Acts(mask, log_ratio - 5.0, zeros - 5.0, zeros, value, zeros)
+
+
+def test_ppo_pays_for_each_act_and_earns_at_the_last():
+  """Two rows: act, tool, act, stop; and act, stop. Undiscounted returns less the value, by hand."""
+  mask = np.array([[True, False, True, True], [True, True, False, False]])
+  log_ratio = np.array([[1.0, 9.0, 2.0, 3.0], [-1.0, 0.5, 9.0, 9.0]])
+  value = np.array([[10.0, 99.0, 20.0, 30.0], [40.0, 50.0, 99.0, 99.0]])
+  ppo = {"discount": 1.0, "gae_lambda": 1.0, "kl_target": 6.0, "kl_horizon": 100}
+  made = collector(PPOCollector, ppo=ppo)
+  made._kl_coefficient = 0.5
+  acts, metrics = made._advantages(acts_of(mask, log_ratio, value), np.array([-8.0, -3.0]), kl=12.0)
+  returns = np.array([[-11.0, 0, -10.5, -9.5], [-2.75, -3.25, 0, 0]])  # -8 - 0.5 * (1 + 2 + 3), ...
+  np.testing.assert_allclose(acts.value_target, returns)
+  advantage = (returns - value)[mask]
+  np.testing.assert_allclose(acts.advantage[mask], (advantage - advantage.mean()) / advantage.std(), rtol=1e-6)
+  assert (acts.advantage[~mask] == 0).all() and metrics["kl_coefficient"] == 0.5
+  assert made._kl_coefficient == pytest.approx(0.5 * (1 + 0.2 * 2 / 100))  # twice the target, clipped to 1.2
+
+
+def test_grpo_gives_each_act_its_samples_advantage():
+  mask = np.array([[True, False], [True, True], [True, True], [True, False]])
+  zeros = np.zeros(mask.shape)
+  made = collector(GRPOCollector, sampler={"num_samples": 2}, grpo={"scale": False})
+  acts, _ = made._advantages(acts_of(mask, zeros, zeros), np.array([1.0, 3.0, -4.0, -4.0]), kl=0.0)
+  np.testing.assert_array_equal(acts.advantage, [[-1, 0], [1, 1], [0, 0], [0, 0]])
+
 
 RUNS = """
 from configs import arith

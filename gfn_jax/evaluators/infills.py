@@ -22,6 +22,9 @@ class Infills(Evaluator):
     super().__init__(parts, context, draws)
     c = parts.config.infill
     self._bert = None if c.bertscore_model is None else load_encoder(c.bertscore_model)
+    layers = None if self._bert is None else self._bert.config.num_layers
+    if layers is not None and not 0 <= c.bertscore_layer <= layers:
+      raise ValueError(f"config.infill.bertscore_layer {c.bertscore_layer}: {c.bertscore_model!r} has {layers} layers")
     asks = c.judge_url is not None and distributed.is_first()  # it is paid for
     self._judge = Judge(c.judge_url, c.judge_model, cache=c.judge_cache) if asks else None
 

@@ -11,13 +11,19 @@ from gfn_jax.data import query_table
 from gfn_jax.evaluators import scoring
 from gfn_jax.evaluators.evaluator import Evaluator, Parts, Problems
 from gfn_jax.models import Lora
+from gfn_jax.types import Queries
 
 
 def number_log_probs(lora: Lora | None, parts: Parts) -> dict[int, float]:
   """log q(n stop | X) of every number of an rng task's support, nats, without sampling: its tokens are scored."""
-  task = parts.task
-  query = query_table(task.examples, task, parts.pretrained.config.max_positions, parts.config.sampler.max_length)
+  task, query = parts.task, _query(parts)
   return dict(zip(task.number_tokens, scoring.log_q(lora, parts, query, list(task.number_tokens.values())).tolist()))
+
+
+def _query(parts: Parts) -> Queries:
+  """The one prompt of an rng task."""
+  task, room = parts.task, parts.pretrained.config.max_positions
+  return query_table([task.example_of(task.prompt)], task, room, parts.config.sampler.max_length)
 
 
 def distances(log_q: Float[np.ndarray, "K"], log_p: Float[np.ndarray, "K"]) -> dict[str, float]:
@@ -69,7 +75,7 @@ class Histogram(Evaluator):
     parts, task = self._parts, self._parts.task
     total = parts.config.eval.num_votes
     per_call = min(total, self.SAMPLES_PER_CALL)
-    query = query_table(task.examples, task, parts.pretrained.config.max_positions, parts.config.sampler.max_length)
+    query = _query(parts)
     calls = -(-total // per_call)
     z = self._sampler(max_length=parts.config.sampler.max_length).draw(
       lora, np.repeat(query.prompt_tokens, calls, 0), np.repeat(query.prompt_mask, calls, 0), num_samples=per_call,

@@ -40,7 +40,8 @@ def plot_curves(workdir: Path, task: str) -> list[Path]:
     return [(r["step"], scale * r[field]) for r in records if field in r]
 
   kinds = sorted({k.split("/")[-1] for r in records for k in r if k.startswith(f"{task}/validation/accuracy/")})
-  accuracy = {f"validation, {k} operands": series(f"{task}/validation/accuracy/{k}", 100) for k in kinds}
+  slices = "operands" if task == "arith" else "labels"
+  accuracy = {f"validation, {k} {slices}": series(f"{task}/validation/accuracy/{k}", 100) for k in kinds}
   accuracy |= {"validation": series(f"{task}/validation/accuracy", 100)}
   accuracy["training samples of the policy"] = series("accuracy", 100)
   rewards = {
