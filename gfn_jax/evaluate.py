@@ -1,8 +1,11 @@
 """An adapter and test problems in, results.json's keys out, without training.
 
 python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapter --output=results.json
+
+What is killed goes on with the method or decoder that it was at, which stand in results.json.part until the end.
 """
 
+import pathlib
 import time
 
 from absl import flags
@@ -11,17 +14,21 @@ import ml_collections
 
 from gfn_jax import cli, data
 from gfn_jax.config import validate
+from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
-from gfn_jax.files import check_output
+from gfn_jax.files import check_output, to_path
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature
-from gfn_jax.workdir import write_results
+from gfn_jax.workdir import config_hash, write_results
 
 
-def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str, float]:
+def evaluate(config: ml_collections.ConfigDict, adapter: str | None, part: pathlib.Path) -> dict[str, float]:
   """The final evaluation of `train`, for the adapter in a folder (None: the base alone).
+
+  Args:
+    part: the file that keeps what has been measured so far.
 
   Raises:
     ValueError: a slip of the user's, in one line.
@@ -31,7 +38,8 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None) -> dict[str
   lora = place(load_adapter(adapter, parts.pretrained), parts.devices) if adapter else None
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  return suite.test(lora, reward_temperature(config, config.train.num_steps), key)[0]
+  tests = KeptRows(part, config_hash(config), *([to_path(adapter)] if adapter else []))
+  return suite.test(lora, reward_temperature(config, config.train.num_steps), key, keep=tests.get)[0]
 
 
 def main() -> int:
@@ -39,8 +47,10 @@ def main() -> int:
   cli.prepare_jax(config)
   output = check_output(_OUTPUT.value)
   started = time.time()
-  results = evaluate(config.lock(), _ADAPTER.value)
+  part = output.with_name(output.name + ".part")
+  results = evaluate(config.lock(), _ADAPTER.value, part)
   write_results(output, config, results, time.time() - started)
+  part.unlink(missing_ok=True)
   print(results_table(results))
   return 0
 
