@@ -48,6 +48,31 @@ def check_behavior(
     raise ValueError(f"top_p {top_p:g}: must be above 0 and at most 1")
 
 
+def nucleus(scores: Float[jax.Array, "*lead V"], top_p: float) -> Bool[jax.Array, "*lead V"]:
+  """The fewest of the most probable whose renormalised probability reaches `top_p`, at least one.
+
+  Of equal ones the first. Found by bisection over the bits of a probability, which order as it does: CPUs sort a
+  vocabulary of 50,000 tens of times slower.
+  """
+  p = jax.nn.softmax(scores, axis=-1)
+  bits = jax.lax.bitcast_convert_type(p, jnp.int32)
+  # From the small end, where float32 has digits left: what stands before a token is 1 - what begins with it.
+  mass = lambda some: jnp.where(some, p, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
+
+  def halve(_, between):
+    low, high = between
+    middle = (low + high) // 2
+    enough = mass(bits <= middle) > 1 - top_p
+    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
+
+  top = bits.max(axis=-1, keepdims=True)
+  _, least = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), top))  # 1 is below 2^30
+  equal = bits == least
+  following = jax.lax.cumsum(jnp.where(equal, p, 0.0), axis=p.ndim - 1, reverse=True)
+  first = jnp.arange(p.shape[-1]) == jnp.argmax(p, axis=-1, keepdims=True)
+  return (bits > least) | (equal & (mass(bits < least) + following > 1 - top_p)) | first
+
+
 def filter_tokens(
   scores: Float[jax.Array, "*lead V"], top_k: int | None, top_p: float | None
 ) -> tuple[Float[jax.Array, "*lead K"], Int[jax.Array, "*lead K"]]:
@@ -59,17 +84,14 @@ def filter_tokens(
     top_p: of those, the fewest whose renormalised probability reaches it are kept, at least one; None for all.
 
   Returns:
-    K = min(top_k, V) scores from high to low, -inf where top-p drops the token, and the tokens they belong to. Of
-    tokens with equal scores the one with the lower id goes first.
+    K = min(top_k, V) scores, -inf where top-p drops the token, and the tokens they belong to: from high to low, or
+    without a top_k all in order. Of tokens with equal scores the one with the lower id is kept.
   """
-  vocab_size = scores.shape[-1]
-  scores, tokens = jax.lax.top_k(scores, vocab_size if top_k is None else min(top_k, vocab_size))
-  if top_p is not None:
-    # From the small end, where float32 has digits left: what stands before a token is 1 - what begins with it.
-    rest = jax.lax.cumsum(jax.nn.softmax(scores, axis=-1), axis=scores.ndim - 1, reverse=True)
-    kept = (rest > 1 - top_p) | (jnp.arange(scores.shape[-1]) == 0)
-    scores = jnp.where(kept, scores, -jnp.inf)
-  return scores, tokens
+  if top_k is None:
+    tokens = jnp.broadcast_to(jnp.arange(scores.shape[-1]), scores.shape)
+  else:
+    scores, tokens = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))
+  return scores if top_p is None else jnp.where(nucleus(scores, top_p), scores, -jnp.inf), tokens
 
 
 def draw_index(key: jax.Array, scores: Float[jax.Array, "V"]) -> Int[jax.Array, ""]:

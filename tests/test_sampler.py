@@ -27,7 +27,7 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
-from gfn_jax.sampler import Sampler, draw_index, filter_tokens
+from gfn_jax.sampler import Sampler, draw_index, filter_tokens, nucleus
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -245,8 +245,9 @@ def test_filters_keep_what_those_of_transformers_keep(temperature, top_k, top_p)
     (2, None, [3, 0]),
     (3, None, [3, 0, 2]),  # of the two equals, the lower id
     (None, 0.5, [3]),  # the probability is reached
-    (None, 0.55, [3, 0]),
-    (None, 0.8, [3, 0, 2]),
+    (None, 0.55, [0, 3]),
+    (None, 0.8, [0, 2, 3]),
+    (None, 1.0, [0, 2, 3, 4]),
     (None, 1e-9, [3]),  # never none
     (2, 0.66, [3]),  # 2/3 where top-k has left two
     (2, 0.67, [3, 0]),
@@ -255,6 +256,23 @@ def test_filters_keep_what_those_of_transformers_keep(temperature, top_k, top_p)
 def test_filters_by_hand(top_k, top_p, expected):
   scores, tokens = filter_tokens(jnp.log(jnp.array([0.25, 0.0, 0.125, 0.5, 0.125])) + 3.0, top_k, top_p)
   assert np.asarray(tokens)[np.isfinite(np.asarray(scores))].tolist() == expected
+
+
+def test_the_nucleus_is_what_sorting_gives():
+  """A vocabulary of 5,000 with many equals, in which a dozen to all are kept."""
+  rng = np.random.default_rng(4)
+  scores = np.round(rng.normal(0, 4, (30, 5000)), 1).astype(np.float32)
+  for top_p in (1e-9, 0.3, 0.9, 0.999, 1.0):
+    found = np.asarray(nucleus(jnp.asarray(scores), top_p))
+    p = np.exp(scores.astype(np.float64))
+    p /= p.sum(-1, keepdims=True)
+    order = np.argsort(-scores, axis=-1, kind="stable")
+    before = np.cumsum(np.take_along_axis(p, order, -1), -1) - np.take_along_axis(p, order, -1)
+    expected = np.zeros_like(found)
+    np.put_along_axis(expected, order, before < top_p, -1)
+    expected[np.arange(30), scores.argmax(-1)] = True
+    assert np.abs(found.sum(-1) - expected.sum(-1)).max() <= (1 if top_p > 0.99 else 0)  # a rounding of float32
+    assert ((found != expected) * p).sum() < 1e-5
 
 
 def test_greedy_is_the_argmax_of_the_logits():
