@@ -5,6 +5,7 @@ python -m gfn_jax.evaluate --config=configs/arith.py --adapter=runs/arith/adapte
 What is killed goes on with the method or decoder that it was at, which stand in results.json.part until the end.
 """
 
+import functools
 import pathlib
 import time
 
@@ -39,7 +40,8 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None, part: pathl
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
   tests = KeptRows(part, config_hash(config), *([to_path(adapter)] if adapter else []))
-  return suite.test(lora, reward_temperature(config, config.train.num_steps), key, keep=tests.get)[0]
+  say = functools.partial(print, flush=True)
+  return suite.test(lora, reward_temperature(config, config.train.num_steps), key, say=say, keep=tests.get)[0]
 
 
 def main() -> int:
