@@ -20,7 +20,14 @@ from gfn_jax import distributed
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
-from gfn_jax.models.prefix import encode_context, encode_prompts, masked_log_softmax, tree_states, without_start
+from gfn_jax.models.prefix import (
+  encode_context,
+  encode_prompts,
+  masked_log_softmax,
+  prompt_width,
+  tree_states,
+  without_start,
+)
 from gfn_jax.parallel import Devices, over_data, settled
 from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
 from gfn_jax.types import Example, Queries
@@ -183,7 +190,8 @@ class RewardModel:
         rows = first + rows
         tree = build_tree(tokens[rows], length[rows])
         trees.append(_Tree(q, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
-    trees.sort(key=lambda tree: -tree.size)  # trees of a call are padded to its largest
+    # The trees of a call are padded to its largest, and their prompts to its longest.
+    trees.sort(key=lambda part: (-bucket(part.size, 32), -prompt_width(prompt_mask[part.query]), -part.size))
 
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, target_tokens.shape[1]), np.float32)
@@ -222,14 +230,15 @@ class RewardModel:
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)
     branches = min(nodes, bucket(most, smallest=8))
+    width = prompt_width(prompt_mask[[part.query for part in chunk]])
 
     def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
       q, tree = part.query, part.tree.padded(nodes)
       ends = np.where(part.branches == len(part.tree), nodes, part.branches)
       ends = np.pad(ends, (0, branches - len(ends)), constant_values=nodes)
       return (
-        prompt_tokens[q], prompt_mask[q], tree.tokens, tree.parents, tree.depths, tree.ancestors, ends,
-        target_tokens[q], target_mask[q],
+        prompt_tokens[q, -width:], prompt_mask[q, -width:], tree.tokens, tree.parents, tree.depths, tree.ancestors,
+        ends, target_tokens[q], target_mask[q],
       )  # fmt: skip
 
     rows = [arrays(part) for part in chunk]

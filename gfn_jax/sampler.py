@@ -21,7 +21,7 @@ from gfn_jax import distributed
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, without_start
+from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, prompt_width, without_start
 from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, settled
 from gfn_jax.policy import action_log_probs
 from gfn_jax.types import Trajectory
@@ -459,7 +459,7 @@ class Sampler:
     key: jax.Array,
     on_round: Callable[[], None] | None = None,
   ) -> Trajectory:
-    """N samples for each of any number of prompts, in calls of one shape; row r draws from fold_in(key, r).
+    """N samples for each of any number of prompts, in calls of like length; row r draws from fold_in(key, r).
 
     Takes and returns what a call does, but for one temperature for all.
     """
@@ -467,15 +467,18 @@ class Sampler:
     shares = devices * jax.process_count()
     chunk = min(-(-queries // shares), max(1, ROWS_PER_CALL // num_samples // devices)) * shares
     temperatures, parts = np.full(chunk, temperature, np.float32), []
+    order = np.argsort(-prompt_mask.sum(-1), kind="stable")  # a call is padded to its longest prompt
+    rows_of = lambda ids: ids[:, None] * num_samples + np.arange(num_samples)  # noqa: E731
     for begin in range(0, queries, chunk):
-      rows = np.arange(begin, begin + chunk)
-      ids = np.minimum(rows, queries - 1)  # the last call is padded
+      ids = order[np.minimum(np.arange(begin, begin + chunk), queries - 1)]  # the last call repeats a query
+      width = prompt_width(prompt_mask[ids])
       z = self(
-        lora, prompt_tokens[ids], prompt_mask[ids], num_samples=num_samples, temperature=temperatures,
-        key=key, row_ids=rows[:, None] * num_samples + np.arange(num_samples), on_round=on_round,
+        lora, prompt_tokens[ids, -width:], prompt_mask[ids, -width:], num_samples=num_samples,
+        temperature=temperatures, key=key, row_ids=rows_of(ids), on_round=on_round,
       )  # fmt: skip
       parts.append(z.rows(slice((queries - begin) * num_samples)))
-    return jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    drawn = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+    return drawn.rows(rows_of(np.argsort(order)).reshape(-1))
 
   def _answers(self, waiting: np.ndarray, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Forced tokens [D, Q, N, T] for the rows that wait. A result that does not fit, or none, leaves the row free."""

@@ -227,6 +227,20 @@ def test_several_queries(family, change, monkeypatch):
   np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
 
 
+def test_a_call_is_as_wide_as_its_longest_prompt(monkeypatch):
+  """A tree a call: prompts of 5, 50 and 3 tokens, in calls of 32, 56 and 32."""
+  long = np.random.default_rng(7).integers(1, 69, 50).tolist()
+  monkeypatch.setitem(globals(), "QUERIES", (QUERIES[0], (long, QUERIES[1][1]), QUERIES[2]))
+  monkeypatch.setattr(rewards, "MAX_BRANCH_TOKENS", 1)
+  pretrained = tiny_pretrained(seed=4)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=4)
+  model, widths = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
+  score = model.score_trees
+  monkeypatch.setattr(model, "score_trees", lambda *arrays: widths.append(arrays[0].shape[-1]) or score(*arrays))
+  np.testing.assert_allclose(scored(model, batch), one_by_one(pretrained, [], batch), rtol=0, atol=1e-4)
+  assert widths == [56, 32, 32]
+
+
 def test_nothing_to_score():
   pretrained = tiny_pretrained()
   batch = list(query_batch(pretrained.config.vocab_size, num_samples=2))

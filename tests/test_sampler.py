@@ -330,6 +330,21 @@ def test_calls_of_one_shape_draw_what_one_call_does(monkeypatch):
     np.testing.assert_allclose(z.log_pf, expected.log_pf, rtol=0, atol=1e-5)
 
 
+def test_calls_are_as_wide_as_their_longest_prompt(monkeypatch):
+  """A prompt a call: each row is what one call of all of them draws, in the order of the prompts."""
+  pretrained = tiny_pretrained(seed=4)
+  sampler, options = make_sampler(pretrained, tool=None), {"num_samples": 3, "key": jax.random.key(11)}
+  long = np.random.default_rng(7).integers(1, 69, (2, 60)).tolist()
+  prompts = pad_left([PROMPTS[0], long[0], PROMPTS[1], long[1][:40]])
+  expected = sampler(None, *prompts, temperature=np.full(4, 1.5), **options)
+  monkeypatch.setattr("gfn_jax.sampler.ROWS_PER_CALL", 3)
+  prefill, widths = sampler.prefill, []
+  monkeypatch.setattr(sampler, "prefill", lambda *args: widths.append(args[1].shape[-1]) or prefill(*args))
+  z = sampler.draw(None, *prompts, temperature=1.5, **options)
+  assert widths == [64, 64, 32, 32] and strings(z) == strings(expected)
+  np.testing.assert_allclose(z.log_pf, expected.log_pf, rtol=0, atol=1e-5)
+
+
 def test_a_row_does_not_depend_on_its_company():
   pretrained = tiny_pretrained(seed=4)
   lora, sampler = random_lora(pretrained), make_sampler(pretrained, min_length=1)

@@ -103,6 +103,12 @@ def without_start(mask: Bool[np.ndarray, "*lead P"], number: int) -> Bool[np.nda
   return mask & (mask.cumsum(-1) > number) if number else mask
 
 
+def prompt_width(mask: Bool[np.ndarray, "*lead P"]) -> int:
+  """How many columns of left-padded prompts hold all of them: 32, 64, 128, ... or P, each a program to compile."""
+  longest = max(1, int(mask.sum(-1).max()))
+  return min(mask.shape[-1], max(32, 1 << (longest - 1).bit_length()))
+
+
 def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:
   """Float32 log-probabilities renormalised over the allowed tokens; about -1e30 for the others."""
   logits = logits.astype(jnp.float32)
