@@ -84,10 +84,14 @@ def get_config(variant: str = ""):
 
 def sweep(name: str) -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
-  on_validation = {"eval.split": "validation", "eval.num_test": 100, "eval.num_validation": 0, "eval.baselines": False}
+  on_validation = {"eval.split": "validation", "eval.num_test": 100, "eval.every_steps": 250, "eval.baselines": False}
   sweeps = {
     "smoke": [("smoke", fields) for fields in grid({"method": METHODS})],
-    "tuning": [("", {"method": m} | fields | on_validation) for m in METHODS for fields in grid(TRIALS[m])],
+    "tuning": [
+      ("", {"method": m} | fields | {"train.decay_steps": fields.get("train.num_steps", 250)} | on_validation)
+      for m in METHODS
+      for fields in grid(TRIALS[m])
+    ],
     "table4": [("", fields) for fields in grid({"method": ("gfn",), "seed": SEEDS, "eval.shots": ((3, 5, 10, 20),)})]
     # The base is the same beside every method.
     + [("", fields) for fields in grid({"method": METHODS[1:], "seed": SEEDS, "eval.baselines": (False,)})],

@@ -41,7 +41,7 @@ def get_config(variant: str = ""):
     "forbidden_words": (),
     "penalty": 10.0,  # nats
     "constraint": unset(),  # ... or module:function or file.py:function, (example, text of Z) -> log c, nats
-    "held_out_share": 0.1,  # of the records, half to validate and half to test on, where there is no data.test_path
+    "held_out_share": 0.1,  # of the records, half to validate and half to test on; with data.test_path all to validate
   })  # fmt: skip
   config.model.name = smollm2()
   config.lora.rank, config.lora.alpha = 64, 64.0

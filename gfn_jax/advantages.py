@@ -43,9 +43,7 @@ def whiten(x: Float[Array, "B S"], mask: Bool[Array, "B S"]) -> Float[np.ndarray
   return np.where(mask, (x - kept.mean()) / (kept.std() + 1e-8), 0.0)
 
 
-def explained_variance(
-  values: Float[Array, "B S"], targets: Float[Array, "B S"], mask: Bool[Array, "B S"]
-) -> float:
+def explained_variance(values: Float[Array, "B S"], targets: Float[Array, "B S"], mask: Bool[Array, "B S"]) -> float:
   """1 - Var(target - value) / Var(target) over what `mask` keeps: 1 for a perfect critic, 0 for a constant one."""
   target, error = np.asarray(targets)[mask], (np.asarray(targets) - np.asarray(values))[mask]
   return float(1 - error.var() / target.var()) if target.size and target.var() > 0 else 0.0

@@ -333,6 +333,10 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     not config.em.num_rounds or config.em.batch_size % num_devices == 0,
     f"config.em.batch_size {config.em.batch_size} is not divisible by the {num_devices} devices",
   )
+  _require(
+    config.eval.split == "test" or config.data.test_path is None,
+    f"config.data.test_path {config.data.test_path!r} is a file of test problems: config.eval.split must be 'test'",
+  )
   shots = tuple(config.eval.shots)
   _require(min(shots, default=1) > 0, f"config.eval.shots is {shots}: must be positive numbers of demonstrations")
   _require(len(config.lora.targets) > 0, "config.lora.targets is empty: name at least one projection")

@@ -22,7 +22,7 @@ from gfn_jax.models import load_adapter
 from gfn_jax.parallel import place
 from gfn_jax.results import results_table
 from gfn_jax.train import reward_temperature
-from gfn_jax.workdir import config_hash, write_results
+from gfn_jax.workdir import config_hash, git_commit, write_results
 
 
 def evaluate(config: ml_collections.ConfigDict, adapter: str | None, part: pathlib.Path) -> dict[str, float]:
@@ -39,7 +39,8 @@ def evaluate(config: ml_collections.ConfigDict, adapter: str | None, part: pathl
   lora = place(load_adapter(adapter, parts.pretrained), parts.devices) if adapter else None
   # The same key and temperature as `train` uses at its end: the same adapter gives the same numbers.
   key = data.step_key(config.seed, data.EVALUATE, 0)
-  tests = KeptRows(part, config_hash(config), *([to_path(adapter)] if adapter else []))
+  problems = to_path(config.data.test_path).read_text() if config.data.test_path else ""
+  tests = KeptRows(part, config_hash(config) + git_commit() + problems, *([to_path(adapter)] if adapter else []))
   say = functools.partial(print, flush=True)
   return suite.test(lora, reward_temperature(config, config.train.num_steps), key, say=say, keep=tests.get)[0]
 

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import pathlib
+import traceback
 from typing import Any
 
 
@@ -27,8 +28,11 @@ def load_named(name: str) -> Any:
       module = importlib.import_module(where)
   except ValueError:
     raise
+  except ImportError as e:
+    raise ValueError(f"{name!r} cannot be imported: {e}") from None
   except Exception as e:  # the user's own code raises what it likes
-    raise ValueError(f"{name!r} cannot be imported: {type(e).__name__}: {e}") from None
+    at = traceback.extract_tb(e.__traceback__)[-1]
+    raise ValueError(f"{name!r} cannot be imported: {at.filename}, line {at.lineno}: {type(e).__name__}: {e}") from None
   if not hasattr(module, attribute):
     raise ValueError(f"{name!r}: {where} has no {attribute!r}")
   return getattr(module, attribute)

@@ -34,6 +34,7 @@ from gfn_jax.types import Example, Queries
 
 MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls, one at the least
 MAX_LOGITS = 2**26  # floats of one call's branch logits, which bound its memory
+MAX_WIDE_QUERIES = 64  # of a call whose prompts are all padded alike; more are an evaluation's
 SAMPLES_PER_TREE = 32  # a tree's attention is quadratic in its nodes: larger groups are split
 
 
@@ -191,7 +192,11 @@ class RewardModel:
         tree = build_tree(tokens[rows], length[rows])
         trees.append(_Tree(q, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
     # The trees of a call are padded to its largest, and their prompts to its longest.
-    trees.sort(key=lambda part: (-bucket(part.size, 32), -prompt_width(prompt_mask[part.query]), -part.size))
+    # Of the few of a training step the shape stays, for which one program is compiled.
+    if len(prompt_tokens) > MAX_WIDE_QUERIES:
+      trees.sort(key=lambda part: (-bucket(part.size, 32), -prompt_width(prompt_mask[part.query]), -part.size))
+    else:
+      trees.sort(key=lambda part: -part.size)
 
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, target_tokens.shape[1]), np.float32)
@@ -230,7 +235,9 @@ class RewardModel:
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)
     branches = min(nodes, bucket(most, smallest=8))
-    width = prompt_width(prompt_mask[[part.query for part in chunk]])
+    width = prompt_tokens.shape[1]
+    if len(prompt_tokens) > MAX_WIDE_QUERIES:
+      width = prompt_width(prompt_mask[[part.query for part in chunk]])
 
     def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
       q, tree = part.query, part.tree.padded(nodes)

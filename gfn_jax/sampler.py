@@ -51,8 +51,8 @@ def check_behavior(
 def nucleus(scores: Float[jax.Array, "*lead V"], top_p: float) -> Bool[jax.Array, "*lead V"]:
   """The fewest of the most probable whose renormalised probability reaches `top_p`, at least one.
 
-  Of equal ones the first. Found by bisection over the bits of a probability, which order as it does: CPUs sort a
-  vocabulary of 50,000 tens of times slower.
+  Of equal ones the first. Found by bisection over the bits of a probability, which order as it does: CPUs take longer
+  to sort a large vocabulary.
   """
   p = jax.nn.softmax(scores, axis=-1)
   bits = jax.lax.bitcast_convert_type(p, jnp.int32)

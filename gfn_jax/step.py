@@ -21,8 +21,8 @@ from gfn_jax.types import Batch, TrainState
 class StepSettings:
   """What is fixed while a step compiles.
 
-  `num_epochs` updates are made on a step's batch; `policy_gradient` are arguments of `losses.ppo_terms` or
-  `grpo_terms`, which alone `min_length` is for: of the sampler.
+  `num_epochs` updates are made on a step's batch. For policy gradients alone: `min_length` is the sampler's, and
+  `policy_gradient` are arguments of `losses.ppo_terms` or `grpo_terms`.
   """
 
   model: ModelConfig

@@ -78,7 +78,10 @@ def resolve(config_file: str, name: str, variant: str = "", common: dict[str, An
     if folder in runs:
       raise ValueError(f"sweep {name!r} has two runs that would be called {folder!r}")
     own = "_".join(filter(None, (variant, own)))  # subj.py's "sft" at the paper's size is "paper_sft"
-    config = get_config(own)
+    try:
+      config = get_config(own)
+    except ValueError as e:
+      raise ValueError(f"sweep {name!r} at variant {variant!r}: {e}") from None
     config.update_from_flattened_dict(overrides | common)
     require_fields(config)
     try:

@@ -62,6 +62,7 @@ BAD_FIELDS = [
   ({"checkpoint__every_steps": 0}, 1, ["config.checkpoint.every_steps", "0"]),
   ({"eval__num_votes": 0}, 1, ["config.eval.num_votes", "0"]),
   ({"eval__num_test": 0}, 1, ["config.eval.num_test", "0"]),
+  ({"eval__split": "validation", "data__test_path": "x"}, 1, ["config.data.test_path 'x'", "must be 'test'"]),
   ({"eval__split": "train"}, 1, ["config.eval.split", "'train'", "test, validation"]),
   ({"em__num_rounds": 1, "method": "sft"}, 1, ["config.em.num_rounds", "'sft'", "must be 0"]),
   ({"eval__num_validation": -1}, 1, ["config.eval.num_validation", "-1"]),

@@ -100,20 +100,21 @@ def test_quality_against_plain_numpy():
 
 
 def test_short_z_that_are_never_drawn_loosen_no_bound():
-  """A stop had the probability 1/4 at each of two prefixes: what is drawn is drawn 16/9 times as often as q says."""
+  """A stop had the probability 1/4 or 1/2 at two prefixes: what is drawn is drawn more often than q says."""
 
   class Closed(KnownSampler):
     min_length = 2
 
     def __call__(self, *args, **kwargs):
       z = super().__call__(*args, **kwargs)
-      z.log_pterm[:, :2] = np.log(0.25)
+      z.log_pterm[:, :2] = np.log(np.repeat([[0.25, 0.25], [0.5, 0.25]], 3, axis=0))  # of a call's two queries
       return z
 
   log_z = np.array([[-7.0], [3.0], [-20.0], [0.0]])
   found = quality(LOG_Q + log_z, 1.0, Closed)
   assert found["log_ratio_variance"] == pytest.approx(0, abs=1e-9)  # of q itself, which is exact
-  assert found["log_partition_lower"] == pytest.approx(log_z.mean() + 2 * np.log(0.75))  # log Z of what can be drawn
+  drawn_of_all = np.log(0.75) + np.log([0.75, 0.5]).mean()  # of an even and of an odd query
+  assert found["log_partition_lower"] == pytest.approx(log_z.mean() + drawn_of_all)
   assert found["effective_sample_share"] == pytest.approx(1)
 
 

@@ -103,7 +103,6 @@ def test_a_constraint_of_ones_own(base, tmp_path):
     ({"prompt": "{q"}, "template '{q'"),
     ({"prompt": "{q}", "stop": "of two"}, "stop 'of two' must be one token"),
     ({"prompt": "{q}", "target": "{a}."}, "the target '.*' of '.*' begins with '.*', others with"),
-    ({"prompt": "{q}", "rationale": " {whi}"}, "rationale ' {whi}': no record of .*mine.jsonl has all"),
     ({"prompt": "{q}", "constraint": "nothing"}, "'nothing' names nothing"),
     ({"prompt": "{q}", "constraint": "json:lods"}, "json has no 'lods'"),
     ({"prompt": "{q}", "constraint": "no.such.module:f"}, "cannot be imported"),
@@ -131,14 +130,20 @@ def test_a_bad_record_is_named(base, tmp_path, row, fields, named):
 
 @pytest.mark.parametrize(
   "code, named",
-  (("def c(example, text):\n  return None\n", "gave None: must be log c in nats"), ("def c(:\n", "SyntaxError"),
-   ("nothing()\n", "NameError: name 'nothing'")),
+  (("def c(example, text):\n  return None\n", "gave None: must be finite nats"),
+   ("def c(example, text):\n  return -float('inf')\n", "gave -inf: must be finite nats"), ("def c(:\n", "SyntaxError"),
+   ("\nnothing()\n", "bad.py, line 2: NameError: name 'nothing'")),
 )  # fmt: skip
 def test_a_bad_constraint_is_named(base, tmp_path, code, named):
   (tmp_path / "bad.py").write_text(code)
   with pytest.raises(ValueError, match=named):
     task = make(base, records(tmp_path, ROWS), prompt="{q}", constraint=f"{tmp_path}/bad.py:c")
     task.log_constraint(task.examples[0], task.encode("a"))
+
+
+def test_demonstrations_that_no_record_gives_are_said(base, tmp_path, capsys):
+  task = make(base, records(tmp_path, ROWS), prompt="{q}", rationale=" {whi}")
+  assert task.num_seeded == 0 and "rationale ' {whi}': no record of" in capsys.readouterr().out
 
 
 def test_a_missing_path_is_named(base):

@@ -1,9 +1,12 @@
 """A final evaluation that is cut off goes on with the row that it was at."""
 
+import types
+
 import jax
 import pytest
 
 from configs import arith
+from gfn_jax import evaluate as evaluation
 from gfn_jax.evaluators import suite as suites
 from gfn_jax.evaluators.evaluator import Evaluator
 from gfn_jax.evaluators.kept import KeptRows
@@ -82,3 +85,26 @@ def test_a_test_that_is_cut_off_goes_on_where_it_was(monkeypatch, tmp_path):
   assert results["arith/second_search/score"] == 0.1 * len("second_search")
   assert [s["method"] for s in samples] == ["base", "base", *rows[2:], "second_more"]
   assert [s["X"] for s in samples] == [*rows, "second_more"]
+
+
+def test_evaluate_goes_on_where_it_was(monkeypatch, tmp_path, adapter):
+  """And measures anew where the file of problems, or the adapter, is another."""
+  measured = []
+
+  class Measured:
+    def test(self, lora, temperature, key, say, keep):
+      return keep("row", lambda: measured.append(None) or ({"arith/gfn/accuracy/3": len(measured)}, []))
+
+  config, problems = arith.get_config("smoke"), tmp_path / "problems.json"
+  config.data.test_path = str(problems)
+  monkeypatch.setattr(evaluation, "build", lambda *_: (types.SimpleNamespace(pretrained=None, devices=[]), Measured()))
+  monkeypatch.setattr(evaluation, "load_adapter", lambda *_: None)
+  monkeypatch.setattr(evaluation, "place", lambda *_: None)
+
+  def evaluate(text):
+    problems.write_text(text)
+    return evaluation.evaluate(config, str(adapter), tmp_path / "results.json.part")["arith/gfn/accuracy/3"]
+
+  assert [evaluate("[1]"), evaluate("[1]"), evaluate("[2]")] == [1, 1, 2]
+  (adapter / "adapter_model.safetensors").write_bytes(b"two")
+  assert evaluate("[2]") == 3

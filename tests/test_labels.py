@@ -89,8 +89,9 @@ def test_a_baselines_demonstrations_are_shuffled_by_its_seed(base, tmp_path):
 @pytest.mark.parametrize(
   "fields, named",
   (
-    ({"data.test_path": "x.json"}, "config.data.test_path 'x.json': the rng task reads no test problems"),
-    ({"em.num_rounds": 1}, "config.em.num_rounds 1: the rng task has no M-step"),
+    ({"data.test_path": "x.json"}, "config.data.test_path 'x.json': RngTask has no reads_test_path"),
+    ({"task": "json:loads"}, "'json:loads' is no class derived from gfn_jax.task.Task"),
+    ({"em.num_rounds": 1}, "config.em.num_rounds 1: RngTask has no has_m_step"),
   ),
 )
 def test_what_a_task_cannot_do_is_refused(fields, named):

@@ -327,9 +327,22 @@ def test_a_sweep_over_methods_alone_stands_beside_the_paper(tmp_path):
   markdown = (tmp_path / "report" / "report.md").read_text()
   assert row_of(markdown, "PPO")[:2] == ["50.0 (1)", "30.6 ± 4.1"]
   assert row_of(markdown, "PPO")[-1] == "0.75 (1)" and row_of(markdown, "")[-1] == "seconds a step"
+  assert "## smoke: arith" in markdown
 
 
-def test_a_row_names_no_setting_of_another_method(tmp_path):
+def test_runs_of_other_settings_do_not(tmp_path):
+  """Nor do validation problems, which the title names."""
+  for method in ("gfn", "ppo"):
+    make_run(tmp_path / method, {f"{method}/accuracy/3": 0.5}, method=method, eval__split="validation")
+  fields = {m: {"method": m, "eval.split": "validation"} for m in ("gfn", "ppo")}
+  make_sweep(tmp_path, "configs/arith.py", "misspecified", fields)
+  write_report([tmp_path], tmp_path / "report")
+  markdown = (tmp_path / "report" / "report.md").read_text()
+  assert "## misspecified: arith, validation problems" in markdown and "30.6" not in markdown.split("## ")[1]
+  assert row_of(markdown, "PPO")[:2] == ["50.0 (1)", "-"]
+
+
+def test_a_row_names_what_the_rows_of_its_method_differ_in(tmp_path):
   trials = {
     **{f"g{r}": ("gfn", {"train.learning_rate": r, "grpo.clip": 0.2}) for r in (0.1, 0.2)},
     **{f"q{c}": ("grpo", {"train.learning_rate": 0.1, "grpo.clip": c}) for c in (0.1, 0.2)},

@@ -232,6 +232,7 @@ def test_a_call_is_as_wide_as_its_longest_prompt(monkeypatch):
   long = np.random.default_rng(7).integers(1, 69, 50).tolist()
   monkeypatch.setitem(globals(), "QUERIES", (QUERIES[0], (long, QUERIES[1][1]), QUERIES[2]))
   monkeypatch.setattr(rewards, "MAX_BRANCH_TOKENS", 1)
+  monkeypatch.setattr(rewards, "MAX_WIDE_QUERIES", 2)
   pretrained = tiny_pretrained(seed=4)
   batch = query_batch(pretrained.config.vocab_size, num_samples=4)
   model, widths = RewardModel(pretrained, context=np.zeros(0, np.int32)), []

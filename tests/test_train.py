@@ -264,7 +264,7 @@ def test_evaluate_gives_the_runs_own_numbers(smoke, runs):
     k: v for k, v in theirs.items() if k.startswith("arith/")
   }
   assert "| GFlowNet fine-tuning" in done.stdout
-  assert not (runs / "evaluated.json.part").exists()
+  assert not (runs / "evaluated.json.part").exists()  # it has served
 
 
 def test_evaluate_takes_all_problems_of_a_file_and_no_adapter_means_the_base(smoke, runs):

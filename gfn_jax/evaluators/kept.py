@@ -14,7 +14,8 @@ class KeptRows:
 
   Args:
     path: the file; read by all processes where it is there.
-    config_hash: of the run. adapters: the folders of what is tested. Rows of others are dropped.
+    config_hash: of the run, with whatever else tells its tests from others. adapters: the folders of what is tested.
+      Rows of others are dropped.
 
   Raises:
     ValueError: the file is damaged.

@@ -36,8 +36,9 @@ def posterior_quality(
   queries:
     log_ratio_variance: the variance of w within a query, nats^2; 0 for an exact sampler.
     log_reward_correlation: Pearson, of log R / T and log q about their queries' means.
-    effective_sample_share: (sum e^w)^2 / (N sum e^2w), of importance sampling from q; 1 for an exact sampler.
-    log_partition_lower: the mean of w, a lower bound of log Z (the ELBO), nats.
+    effective_sample_share: (sum e^w)^2 / (N sum e^2w), of importance sampling; 1 for an exact sampler, and nearly so
+      under a min_length, before which an exact q seldom stops.
+    log_partition_lower: the mean of w, a lower bound of log Z (the ELBO), nats; of the Z that can be drawn.
     log_partition_upper: the mean of w over exact samples of the target, an upper bound, where the task has any.
     distinct_samples: different Z among the N. length_mean: tokens.
 

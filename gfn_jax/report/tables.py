@@ -182,7 +182,7 @@ MAIN = {"arith": "table4", "infill": "table2", "next_sentence": "fig3", "rng": "
 def table_of(name: str, runs: Sequence[Run]) -> Table:
   """The table of that name; for another name the main columns of the runs' task, a row a setting of the sweep.
 
-  Where nothing but the method varies, the rows are the main table's, with the paper's numbers.
+  Where the sweep sets nothing but the method, the rows are the main table's, with the paper's numbers.
 
   Raises:
     ValueError: the runs are of several tasks, or of another than the table's.
@@ -193,13 +193,14 @@ def table_of(name: str, runs: Sequence[Run]) -> Table:
       raise ValueError(f"{run.folder} is a run of task {run.task!r}: table {name!r} is of {wanted!r}")
   if name in TABLES:
     return TABLES[name]
-  task, title = runs[0].task, f"{name}: {runs[0].task}"
+  task, on = runs[0].task, {run.config.get("eval.split", "test") for run in runs}
+  title = f"{name}: {task}" + (f", {', '.join(sorted(on))} problems" if on != {"test"} else "")
   swept = {"variant", *(f for run in runs for f in run.varied)} - {"method"}
   varied = tuple(sorted(f for f in swept if len({json.dumps(run.config.get(f)) for run in runs}) > 1))
   if task in MAIN:
     main = TABLES[MAIN[task]]
-    if set(varied) <= set(main.in_columns):
-      return dataclasses.replace(main, columns=main.columns + _FURTHER)
+    if not any(run.varied for run in runs) or {f for run in runs for f in run.varied} == {"method"}:
+      return dataclasses.replace(main, title=title, columns=main.columns + _FURTHER)
     varied = tuple(dict.fromkeys(varied + main.in_columns))
   else:
     metrics = dict.fromkeys(k.split("/", 2)[2] for run in runs for k in run.results)

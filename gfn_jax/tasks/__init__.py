@@ -28,7 +28,10 @@ def task_class(config: Any) -> type[Task]:
     ValueError: an unknown one.
   """
   if ":" in config.task:
-    return load_named(config.task)
+    found = load_named(config.task)
+    if not (isinstance(found, type) and issubclass(found, Task)):
+      raise ValueError(f"config.task {config.task!r} is no class derived from gfn_jax.task.Task")
+    return found
   if config.task not in TASKS:
     raise ValueError(f"config.task {config.task!r} is unknown: choose from {', '.join(TASKS)}, or name module:Class")
   return TASKS[config.task]
@@ -38,9 +41,9 @@ def require_abilities(config: Any) -> None:
   """Raises ValueError where a config asks for what its task cannot do."""
   task = task_class(config)
   if config.data.test_path is not None and not task.reads_test_path:
-    raise ValueError(f"config.data.test_path {config.data.test_path!r}: the {task.name} task reads no test problems")
+    raise ValueError(f"config.data.test_path {config.data.test_path!r}: {task.__name__} has no reads_test_path")
   if config.em.num_rounds and not task.has_m_step:
-    raise ValueError(f"config.em.num_rounds {config.em.num_rounds}: the {task.name} task has no M-step")
+    raise ValueError(f"config.em.num_rounds {config.em.num_rounds}: {task.__name__} has no has_m_step")
 
 
 def make_task(config: Any, tokenizer: Any, vocab_size: int) -> Task:

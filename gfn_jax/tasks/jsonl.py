@@ -5,7 +5,7 @@ Policy and reward may read different prompts: in infilling the policy sees what 
 
 from collections.abc import Sequence
 import dataclasses
-import numbers
+import math
 import re
 from typing import Any
 
@@ -60,7 +60,7 @@ class JsonlTask(Task):
     self._tests_all = test_path is not None
     self.demonstrations = [e for e in kept if e.rationale is not None]
     if c.rationale is not None and not any(e.rationale is not None for e in made):
-      raise ValueError(f"config.jsonl.rationale {c.rationale!r}: no record of {path} has all of its fields")
+      print(f"config.jsonl.rationale {c.rationale!r}: no record of {path} has its fields, so none is a demonstration")
     seeded = self.demonstrations if config.replay.seed_from == "demonstrations" else []
     self.num_seeded = len(seeded)
     self.examples = seeded + [e for e in kept if e.rationale is None or not seeded]
@@ -102,10 +102,14 @@ class JsonlTask(Task):
     return rationale  # a template says itself where its spaces are
 
   def _constrain(self, example: Example, tokens: list[int]) -> float:
-    log_c = self._log_c(example, self.decode(tokens))
-    if not isinstance(log_c, numbers.Real):
-      raise ValueError(f"config.jsonl.constraint {self._settings.constraint!r} gave {log_c!r}: must be log c in nats")
-    return float(log_c)
+    found = self._log_c(example, self.decode(tokens))
+    try:
+      log_c = float(found)
+    except (TypeError, ValueError):
+      log_c = math.nan
+    if not math.isfinite(log_c):
+      raise ValueError(f"config.jsonl.constraint {self._settings.constraint!r} gave {found!r}: must be finite nats")
+    return log_c
 
   def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
     """Records that have a Z, whole, a line each."""
@@ -118,7 +122,7 @@ class JsonlTask(Task):
     text = self.decode(tokens)
     if self._settings.answer is not None:
       return text.strip() == example.answer.strip()
-    return None if self._log_c is None else self._log_c(example, text) >= 0
+    return None if self._log_c is None else self._constrain(example, tokens) >= 0
 
   def validation_examples(self, number: int) -> dict[str, list[Example]]:
     return {"": self._validation[:number]}

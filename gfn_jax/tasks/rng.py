@@ -160,6 +160,8 @@ class RngTask(Task):
     self._query = self.example_of(self.prompt)
     self.examples = [self._query]
     if config.method == "sft":
+      if c.num_demonstrations < 1:
+        raise ValueError(f"config.rng.num_demonstrations is {c.num_demonstrations}: must be positive")
       drawn = self._draw(c.num_demonstrations, 1.0, np.random.default_rng(config.data.seed))
       self.examples = [dataclasses.replace(self._query, rationale=str(n)) for n in drawn]
       self.num_seeded = len(self.examples)
