@@ -105,9 +105,13 @@ def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Tree:
-  """A tree of rows of one query, and the nodes whose rewards are wanted: what a device call takes, before padding."""
+  """A tree of rows of one query, and the nodes whose rewards are wanted: what a device call takes, before padding.
+
+  `width`: of the prompt, in columns.
+  """
 
   query: int
+  width: int
   rows: np.ndarray
   tree: PrefixTree
   branches: np.ndarray
@@ -184,19 +188,17 @@ class RewardModel:
     self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
   ) -> tuple[np.ndarray, np.ndarray]:
     """What a call returns, of this process's queries alone."""
-    trees = []
+    # The shape of a training step's few queries stays, for which one program is compiled.
+    few, trees = len(prompt_tokens) <= MAX_WIDE_QUERIES, []
     for q in range(len(prompt_tokens)):
+      width = prompt_tokens.shape[1] if few else prompt_width(prompt_mask[q])
       first = q * num_samples
       for rows in groups(tokens[first : first + num_samples], SAMPLES_PER_TREE):
         rows = first + rows
         tree = build_tree(tokens[rows], length[rows])
-        trees.append(_Tree(q, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
-    # The trees of a call are padded to its largest, and their prompts to its longest.
-    # Of the few of a training step the shape stays, for which one program is compiled.
-    if len(prompt_tokens) > MAX_WIDE_QUERIES:
-      trees.sort(key=lambda part: (-bucket(part.size, 32), -prompt_width(prompt_mask[part.query]), -part.size))
-    else:
-      trees.sort(key=lambda part: -part.size)
+        trees.append(_Tree(q, width, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
+    # The trees of a call are padded to its largest, and their prompts to its widest.
+    trees.sort(key=lambda part: (-bucket(part.size, 32), -part.width, -part.size))
 
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, target_tokens.shape[1]), np.float32)
@@ -235,9 +237,7 @@ class RewardModel:
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)
     branches = min(nodes, bucket(most, smallest=8))
-    width = prompt_tokens.shape[1]
-    if len(prompt_tokens) > MAX_WIDE_QUERIES:
-      width = prompt_width(prompt_mask[[part.query for part in chunk]])
+    width = max(part.width for part in chunk)
 
     def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
       q, tree = part.query, part.tree.padded(nodes)

@@ -9,6 +9,7 @@ from gfn_jax.metrics import read_jsonl
 from gfn_jax.plots.figure import figure
 
 Points = Sequence[tuple[int, float]]
+SLICES = {"arith": "operands", "subj": "labels"}  # what the numbers behind an accuracy count
 
 
 def _draw(path: Path, title: str, ylabel: str, curves: Mapping[str, Points], limits=None) -> list[Path]:
@@ -40,8 +41,8 @@ def plot_curves(workdir: Path, task: str) -> list[Path]:
     return [(r["step"], scale * r[field]) for r in records if field in r]
 
   kinds = sorted({k.split("/")[-1] for r in records for k in r if k.startswith(f"{task}/validation/accuracy/")})
-  slices = "operands" if task == "arith" else "labels"
-  accuracy = {f"validation, {k} {slices}": series(f"{task}/validation/accuracy/{k}", 100) for k in kinds}
+  counted = SLICES.get(task, "")
+  accuracy = {f"validation, {k} {counted}".strip(): series(f"{task}/validation/accuracy/{k}", 100) for k in kinds}
   accuracy |= {"validation": series(f"{task}/validation/accuracy", 100)}
   accuracy["training samples of the policy"] = series("accuracy", 100)
   rewards = {

@@ -42,7 +42,8 @@ class JsonlTask(Task):
   def __init__(self, config: Any, tokenizer: Any, vocab_size: int):
     """`config` is the run's. Raises ValueError for records, templates or a tokenizer that cannot serve."""
     super().__init__(tokenizer, vocab_size, config.model.name)
-    self._settings = c = config.jsonl
+    self._settings, self._data = config.jsonl, config.data
+    c = self._settings
     path, test_path = config.data.path, config.data.test_path
     if path is None:
       raise ValueError("config.data.path is missing: name a file of JSON lines")
@@ -57,7 +58,6 @@ class JsonlTask(Task):
     self._validation, self._test = held_out[0::2], held_out[1::2]
     if test_path:
       self._validation, self._test = held_out, self._read(test_path)
-    self._tests_all = test_path is not None
     self.demonstrations = [e for e in kept if e.rationale is not None]
     if c.rationale is not None and not any(e.rationale is not None for e in made):
       print(f"config.jsonl.rationale {c.rationale!r}: no record of {path} has its fields, so none is a demonstration")
@@ -129,4 +129,4 @@ class JsonlTask(Task):
 
   def test_examples(self, number: int) -> dict[str, list[Example]]:
     """`number` of the records held out, or all of config.data.test_path."""
-    return {"": self._test if self._tests_all else self._test[:number]}
+    return {"": self._test[:number] if self._data.test_path is None else self._test}
