@@ -64,6 +64,8 @@ def get_config(variant: str = ""):
     config.sampler.max_length, config.eval.max_length = 32, 40
     config.eval.num_validation, config.eval.num_test, config.eval.every_steps = 4, 50, 50
 
+  if variant in ("smollm2", "paper", "reference"):
+    config.eval.zero_shot_cue = " Let us think step by step."
   if variant in ("paper", "reference"):
     config.model.name, config.model.dtype = "nlpcloud/instruct-gpt-j-fp16", "bfloat16"
     config.lora.rank, config.lora.alpha, config.lora.dropout = 64, 16.0, 0.1
@@ -79,6 +81,7 @@ def get_config(variant: str = ""):
     config.sampler.max_length, config.eval.max_length = 20 + 6, 20 + 8  # Table E.2; the code has 18 and 21
   if variant == "reference":
     config.sampler.max_length, config.eval.max_length = 18 + 6, 21 + 8
+    config.sampler.stop_at_eos = True
   return config
 
 

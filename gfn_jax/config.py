@@ -82,7 +82,8 @@ def base_config() -> ml_collections.ConfigDict:
     }),
     # Group-relative policy optimisation; REINFORCE with a group's mean as baseline where scale is False.
     "grpo": c({"num_epochs": 1, "clip": 0.2, "kl_coefficient": 0.04, "scale": True}),
-    "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20}),
+    "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20,
+      "stop_at_eos": False}),  # where there is a target: Z ends with the end of text, not where the target begins
     # Shares of a step's queries; what is left of 1 samples from the policy as it is.
     "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0,
       "anneal_steps": 0}),  # in which the temperatures' range shrinks linearly to 1; 0: it stays
@@ -117,7 +118,7 @@ def base_config() -> ml_collections.ConfigDict:
     "em": c({
       "num_rounds": 0,
       "num_rationales": 100,  # sampled for each query, for the M-step
-      "objective": "joint",  # log p(Z Y | X); "label": log p(Y | X Z)
+      "objective": "joint",  # log p(Z Y | X); "label": log p(Y | X Z) among the labels alone
       "num_steps": 100,
       "batch_size": 256,
       "learning_rate": 1e-4,
@@ -135,6 +136,7 @@ def base_config() -> ml_collections.ConfigDict:
       "max_length": 32,
       "baselines": True,
       "shots": (),  # demonstrations before a question, for the base: a row of the table each
+      "zero_shot_cue": "",  # what the base reads behind a question in a further row without any; "": no such row
       "encoder": ml_collections.config_dict.placeholder(str),  # of sentences: hub id or folder of a BERT
       "evaluators": ("accuracy",),  # files of gfn_jax/evaluators: in training and at the end
       "test_evaluators": (),  # at the end alone

@@ -4,12 +4,15 @@ from collections.abc import Mapping
 
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 
-LABELS = {"gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning", "ppo": "PPO", "grpo": "GRPO"}
+LABELS = {
+  "gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning", "ppo": "PPO", "grpo": "GRPO",
+  "base_zero_shot": "base, told to think step by step",
+}  # fmt: skip
 
 
 def label(method: str) -> str:
   """A method as a table's row or a plot's curve is called."""
-  if method.startswith("base_"):
+  if method.startswith("base_") and method not in LABELS:
     return f"base, {method.removeprefix('base_').replace('shot', '')} demonstrations"
   return LABELS.get(method, method)
 

@@ -72,13 +72,18 @@ class Task(TextCodec):
       raise ValueError(f"stop token {token}: must be a token id from 0 to {vocab_size - 1}")
     return token
 
-  def stop_of_targets(self) -> int:
-    """The first token of the examples' targets, which ends Z.
+  def stop_of_targets(self, at_eos: bool = False) -> int:
+    """The first token of the examples' targets, which ends Z: where Y would begin, as a pretrained LM knows.
+
+    Args:
+      at_eos: the end of text in its place (config.sampler.stop_at_eos): a policy must learn to write it there.
 
     Raises:
       ValueError: a target is empty, or begins with another token than the first one, or with none of the tokenizer's;
-        one line that names its record.
+        one line that names its record. There is no end of text.
     """
+    if at_eos:
+      return self.find_stop(None)
     stop = None
     for e in self.examples:
       tokens = self.encode_after(e.target)

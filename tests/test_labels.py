@@ -51,6 +51,7 @@ def config(method="gfn", **em_fields):
     "subj": {"num_labels": 4, "label_seed": None},
     "data": {"path": "embedded", "test_path": None, "dir": None},
     "reward": {"num_demonstrations": 0},
+    "sampler": {"stop_at_eos": False},
     "em": {"rationales_path": None, "objective": "joint"} | em_fields,
   })  # fmt: skip
 
@@ -75,6 +76,13 @@ def test_texts_are_the_papers(base, tmp_path):
   assert task.inverse_prompt(example) == f"{example.prompt} subjective because it is"
   context = task.decode(task.context_tokens(2))
   assert context.count("\n") == 2 and f"{task.demonstrations[0].prompt} {task.demonstrations[0].answer}.\n" in context
+
+
+def test_reasons_may_end_with_the_text_as_in_the_authors_code(base, tmp_path):
+  c = config()
+  c.data.dir, c.sampler.stop_at_eos = str(tmp_path), True
+  task = SubjTask(c, base.tokenizer, base.config.vocab_size)
+  assert task.stop_token_id == base.tokenizer.eos_token_id and task.examples[0].target.startswith(", so")
 
 
 def test_a_baselines_demonstrations_are_shuffled_by_its_seed(base, tmp_path):
@@ -125,16 +133,20 @@ def test_supervised_fine_tuning_reads_the_label(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-  "objective, prompt, z", (("joint", "", " fun, so it is good."), ("label", " fun", ", so it is good."))
+  "objective, prompt, z",
+  (("joint", "", " fun, so it is subjective."), ("label", " fun, so it is", " subjective")),
 )
 def test_the_m_step_learns_from_sampled_reasons(base, tmp_path, objective, prompt, z):
   path = tmp_path / "rationales.jsonl"
-  path.write_text(json.dumps({"X": prompt_of("x"), "Z": " fun", "Y": ", so it is good."}) + "\n")
+  path.write_text(json.dumps({"X": prompt_of("x"), "Z": " fun", "Y": ", so it is subjective."}) + "\n")
   task = make_task(base, tmp_path, "sft", rationales_path=str(path), objective=objective)
   (example,) = task.examples
   assert example.prompt == prompt_of("x") + prompt
   tokens, chosen = task.rationale_tokens(example, 99)
   assert task.decode(tokens) == z and all(chosen)
+  allowed = {task.decode([i]) for i in np.flatnonzero(task.allowed_tokens).tolist() if i != task.stop_token_id}
+  labels = {task.decode([i]) for i in task.encode_after(" objective") + task.encode_after(" subjective")}
+  assert allowed == labels if objective == "label" else len(allowed) > len(labels)
 
 
 def test_steps_of_a_round_differ_as_they_should():

@@ -274,11 +274,11 @@ def test_evaluate_takes_all_problems_of_a_file_and_no_adapter_means_the_base(smo
   file.write_text("\n".join(json.dumps({"str_query": question(p), "num_sol": v}) for p, v in problems.items()))
   done = run(
     runs, f"--output={runs}/file.json", f"--config.data.test_path={file}", "--config.eval.num_validation=0",
-    "--config.eval.num_test=1", module="gfn_jax.evaluate",
+    "--config.eval.num_test=1", "--config.eval.zero_shot_cue= Think.", module="gfn_jax.evaluate",
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   results = json.loads((runs / "file.json").read_text())
-  keys = {f"arith/{m}/accuracy/{k}" for m in ("base", "base_3shot") for k in ("3", "6")}
+  keys = {f"arith/{m}/accuracy/{k}" for m in ("base", "base_zero_shot", "base_3shot") for k in ("3", "6")}
   assert {k for k in results if k.startswith("arith/")} == keys
   assert results["meta/num_steps"] == NUM_STEPS and results["time/total_seconds"] > 0
 

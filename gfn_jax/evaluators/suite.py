@@ -1,6 +1,7 @@
 """The evaluations of a run: held-out problems while training, test problems and baselines at the end."""
 
 from collections.abc import Callable, Iterator, Sequence
+import dataclasses
 import functools
 import itertools
 
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from gfn_jax.data import num_sampled, query_table
 from gfn_jax.evaluators.accuracy import Accuracy
-from gfn_jax.evaluators.evaluator import Draws, Evaluator, Parts
+from gfn_jax.evaluators.evaluator import Draws, Evaluator, Parts, Problems
 from gfn_jax.evaluators.infills import Infills
 from gfn_jax.evaluators.labels import Direct, Reasons
 from gfn_jax.evaluators.numbers import Histogram, Numbers
@@ -33,6 +34,16 @@ POSTERIOR_CALLS = 4  # of the sampler, for the posterior's quality
 Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and samples for samples.jsonl
 
 
+def _with_cue(problems: Problems, cue: str) -> Problems:
+  """The problems as a base reads them that is told, behind each prompt, how to begin; the reward is not."""
+
+  def cued(e):
+    read = e.prompt if e.reward_prompt is None else e.reward_prompt
+    return dataclasses.replace(e, prompt=e.prompt + cue, reward_prompt=read)
+
+  return {kind: [cued(e) for e in examples] for kind, examples in problems.items()}
+
+
 class Suite:
   """The evaluators that config.eval.evaluators (and, at the end, test_evaluators) name, and the posterior's quality.
 
@@ -53,12 +64,13 @@ class Suite:
     held_out = {"test": task.test_examples, "validation": task.validation_examples}
     self._test = held_out[config.eval.split](config.eval.num_test)
     self._shown = {k: task.context_tokens(k, config.seed) for k in config.eval.shots}
+    self._cued = _with_cue(self._test, config.eval.zero_shot_cue)
     empty = [k for k, context in self._shown.items() if not context]
     if empty:
       raise ValueError(f"config.eval.shots {empty[0]}: the task {task.name!r} has no demonstrations to show")
     contexts = task.context_tokens(config.reward.num_demonstrations), *self._shown.values()
     reserved = max(map(len, contexts)) + max(config.sampler.max_length, config.eval.max_length)
-    examples = [e for kinds in (self._validation, self._test) for kind in kinds.values() for e in kind]
+    examples = [e for kinds in (self._validation, self._test, self._cued) for kind in kinds.values() for e in kind]
     query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._draws = Draws()
     self._evaluators, self._test_evaluators = (self._make(names, (), self._draws) for names in self._names)
@@ -105,7 +117,7 @@ class Suite:
     say: Callable[[str], None] = print,
     keep: Callable[[str, Callable[[], Evaluation]], Evaluation] = lambda name, measure: measure(),
   ) -> Evaluation:
-    """Test metrics of the policy, of the base, and of the base with config.eval.shots: "arith/gfn/accuracy/3", ...
+    """Test metrics of the policy, of the base, and of the base as it is prompted: "arith/gfn/accuracy/3", ...
 
     Args:
       lora: the policy's adapter; None for the base alone.
@@ -123,10 +135,12 @@ class Suite:
     """What a test consists of, each with a name of its own: policies by evaluators, baselines, the posterior."""
     config = self._parts.config
     method = config.method
-    policies = [] if lora is None else [(method, lora, ())]
+    policies = [] if lora is None else [(method, lora, (), self._test)]
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
-      policies += [("base", off, ())] + [(f"base_{k}shot", off, before) for k, before in self._shown.items()]
+      policies += [("base", off, (), self._test)]
+      policies += [("base_zero_shot", off, (), self._cued)] if config.eval.zero_shot_cue else []
+      policies += [(f"base_{k}shot", off, before, self._test) for k, before in self._shown.items()]
     names, own = sum(self._names, ()), self._evaluators + self._test_evaluators
     number = sum(map(len, self._test.values()))
 
@@ -134,10 +148,10 @@ class Suite:
       values = {f"{method}/{k}": v for k, v in metrics}  # measured when it is iterated over
       return values, [{"method": method, **s} for s in evaluator.samples]
 
-    for policy, adapter, before in policies:
+    for policy, adapter, before, problems in policies:
       say(f"testing {policy} on {number} problems")
       for name, evaluator in zip(names, self._make(names, before, Draws()) if before else own):
-        metrics = evaluator(adapter, self._test, key, on_round)
+        metrics = evaluator(adapter, problems, key, on_round)
         yield f"{policy}/{name}", functools.partial(measured, evaluator, policy, metrics)
       self._draws.forget()
     if config.eval.baselines:

@@ -73,7 +73,7 @@ class ArithTask(Task):
     unseeded = [Example(e.prompt, None, e.target, e.answer) for e in demonstrations[seeded:]]
     unseeded += [Example(e.prompt, None, e.target, e.answer) for e in map(to_example, self._load("train"))]
     self.examples, self.num_seeded = demonstrations[:seeded] + unseeded, seeded
-    self.stop_token_id = self.stop_of_targets()
+    self.stop_token_id = self.stop_of_targets(config.sampler.stop_at_eos)
     self.allowed_tokens = np.array(
       [bool(s) and set(s) <= ALLOWED_CHARACTERS for s in (self.decode([i]) for i in range(vocab_size))]
     )

@@ -64,7 +64,7 @@ class JsonlTask(Task):
     seeded = self.demonstrations if config.replay.seed_from == "demonstrations" else []
     self.num_seeded = len(seeded)
     self.examples = seeded + [e for e in kept if e.rationale is None or not seeded]
-    self.stop_token_id = self.stop_of_targets() if made[0].target else self.find_stop(c.stop)
+    self.stop_token_id = self.stop_of_targets(config.sampler.stop_at_eos) if made[0].target else self.find_stop(c.stop)
     if c.allowed_characters is not None:
       allowed, texts = set(c.allowed_characters), (self.decode([i]) for i in range(vocab_size))
       self.allowed_tokens = np.array([bool(text) and set(text) <= allowed for text in texts])

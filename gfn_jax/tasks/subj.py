@@ -12,6 +12,7 @@ from gfn_jax.task import Task
 from gfn_jax.types import Example
 
 LABELS = ("objective", "subjective")
+CONCLUSION = ", so it is"
 
 
 def prompt_of(text: str) -> str:
@@ -21,7 +22,7 @@ def prompt_of(text: str) -> str:
 
 def target_of(label: str) -> str:
   """Y behind a reason."""
-  return f", so it is {label}."
+  return f"{CONCLUSION} {label}."
 
 
 def direct_target(label: str) -> str:
@@ -61,8 +62,12 @@ class SubjTask(Task):
       self.stop_token_id = self.find_stop(None)
       self.examples = self._to_learn(config.em)
       self.num_seeded = len(self.examples)
+      if config.em.rationales_path is not None and config.em.objective == "label":
+        self.allowed_tokens[:] = False
+        labels = [token for label in LABELS for token in self.encode_after(f" {label}")]
+        self.allowed_tokens[[*labels, self.stop_token_id]] = True
     else:
-      self.stop_token_id = self.stop_of_targets()
+      self.stop_token_id = self.stop_of_targets(config.sampler.stop_at_eos)
 
   def _to_learn(self, em: Any) -> list[Example]:
     """What supervised fine-tuning reads: the labels, or what an M-step has sampled."""
@@ -71,7 +76,10 @@ class SubjTask(Task):
     records = json_lines.read(em.rationales_path, ("X", "Z", "Y"))
     if em.objective == "joint":
       return [Example(r["X"], r["Z"] + r["Y"], "", "") for r in records]
-    return [Example(r["X"] + r["Z"], r["Y"], "", "") for r in records]
+    # Over the labels' tokens alone: the cross-entropy between them, as in the authors' code.
+    return [
+      Example(r["X"] + r["Z"] + CONCLUSION, r["Y"].removeprefix(CONCLUSION).removesuffix("."), "", "") for r in records
+    ]
 
   def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]] | None:
     """As `Task`; a sampled Z that the tokenizer would have written otherwise is left out."""
