@@ -17,6 +17,7 @@ from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.files import to_path, write_text
 from gfn_jax.metrics import MetricsWriter, read_jsonl
 from gfn_jax.models import load_adapter, save_adapter
+import test_multiprocess
 from test_train import run, runs, start, training_records  # noqa: F401  runs is a fixture
 from testing import random_lora, tiny_pretrained
 
@@ -128,3 +129,24 @@ def test_a_run_at_a_url_goes_on_after_sigterm_to_what_a_folder_holds(bucket, run
   assert names(workdir / "plots") == names(folder / "plots")
   other = run(runs, "--workdir=gs://runs/smoke", "--config.seed=1")
   assert other.returncode == 2 and "'gs://runs/smoke' holds another run: config.seed is 1 here" in other.stderr
+
+
+@pytest.mark.slow
+def test_two_processes_save_at_one_url_and_go_on_from_it(bucket, runs):  # noqa: F811
+  """SIGTERM to one of two: both save at gs://, and the job that goes on ends as one that was left alone."""
+  few = "--config.train.num_steps=4"
+  test_multiprocess.complete(runs, "alone", 2, 2, few)
+  at_url = (runs, "", 2, 2, few, "--workdir=gs://runs/two")
+  job = test_multiprocess.train(*at_url)
+  for line in job[0].stdout:
+    if line.startswith("step 1/"):
+      job[1].send_signal(signal.SIGTERM)
+      break
+  done = test_multiprocess.finish(job)
+  assert [code for code, *_ in done] == [143, 143], done
+  assert "steps     0 of 4" not in test_multiprocess.complete(*at_url)
+  ours, theirs = bucket / "two", runs / "alone"
+  assert test_multiprocess.records(ours) == test_multiprocess.records(theirs)
+  assert test_multiprocess.accuracies(ours) == test_multiprocess.accuracies(theirs)
+  adapter = "adapter/adapter_model.safetensors"
+  assert (ours / adapter).read_bytes() == (theirs / adapter).read_bytes()

@@ -205,3 +205,79 @@ def test_a_config_alone_is_read(folder):
   assert load_config(folder / "tiny") == read_config(tiny_hf_config("llama", vocab_size=72))
   with pytest.raises(ValueError, match="no config.json"):
     load_config(folder)
+
+
+# 32 layers of width 1024: 444 million parameters, 0.89 GB in bfloat16, of which no device holds more than a quarter.
+LARGE = """
+import jax, jax.numpy as jnp, numpy as np
+from configs import arith
+from gfn_jax import plan
+from gfn_jax.models.architectures import read_config
+from gfn_jax.models.decoder import init_params
+from gfn_jax.models.partition import tree_shardings
+from gfn_jax.parallel import make_mesh
+from gfn_jax.prefix_tree import build_trees
+from gfn_jax.step import make_optimizer
+from gfn_jax.train import initial_trained, starting_adapter
+from gfn_jax.types import Batch, TrainState, terminable_prefixes
+from gfn_jax.models import Pretrained
+
+L, D, M, V, Q, N, P, T = 32, 1024, 2816, 16_000, 2, 4, 16, 24
+model = read_config({
+  "model_type": "llama", "hidden_size": D, "intermediate_size": M, "num_hidden_layers": L, "num_attention_heads": 16,
+  "num_key_value_heads": 16, "vocab_size": V, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
+  "rope_theta": 10_000.0, "tie_word_embeddings": False, "hidden_act": "silu",
+})
+config = arith.get_config("smoke")
+config.model.dtype, config.model.remat = "bfloat16", "full"
+config.lora.targets, config.lora.rank = ("q_proj", "v_proj"), 8
+config.train.num_queries, config.train.micro_batch_queries, config.sampler.num_samples = Q, 1, N
+config.sampler.max_length, config.train.warmup_steps = T, 0
+compiled, params, state = plan.compile_step(config, plan.Layout("large", model, 4, 4), P)
+
+mesh = make_mesh(jax.devices(), 4)
+start = lambda: init_params(model, jax.random.key(0), "bfloat16")
+params = jax.jit(start, out_shardings=tree_shardings(model, mesh, params))()
+trained = initial_trained(config, model, starting_adapter(config, Pretrained(model, {}, None, "large")), Q)
+state = TrainState(jnp.int32(0), trained, make_optimizer(config).init(trained))
+state = jax.device_put(state, tree_shardings(model, mesh, state))
+rng = np.random.default_rng(0)
+tokens, length = rng.integers(0, V, (Q * N, T)).astype(np.int32), np.full(Q * N, T, np.int32)
+chosen = np.ones((Q * N, T), bool)
+batch = Batch(
+  rng.integers(0, V, (Q, P)).astype(np.int32), np.ones((Q, P), bool), np.arange(Q, dtype=np.int32), tokens, length,
+  chosen, terminable_prefixes(length, chosen), rng.normal(-200, 3, (Q * N, T + 1)).astype(np.float32),
+  build_trees(tokens, length, num_queries=Q, samples_per_tree=8),
+)
+held = [sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == d)
+        for d in jax.devices()]
+memory = plan.memory_of(compiled, params, state)
+args = jax.device_put((jnp.ones(V, bool), jnp.float32(1), jax.random.key(0)), jax.NamedSharding(mesh, jax.P()))
+batch = jax.device_put(batch, jax.NamedSharding(mesh, jax.P("data")))
+losses = []
+for _ in range(3):
+  state, metrics = compiled(params, *args, state, batch)
+  losses.append(float(metrics["loss"]))
+print(*losses, *held)
+print(memory.params, memory.state, memory.gradients, memory.temporaries)
+"""
+
+
+@pytest.mark.slow
+def test_a_base_larger_than_a_devices_share_trains_within_the_bytes_that_are_predicted():
+  """A quarter of the weights, the adapter's state, and by hand what the backward pass keeps."""
+  *lines, sizes = run_python(LARGE, devices=4, timeout=1800).splitlines()
+  losses, held = [float(x) for x in lines[-1].split()[:3]], [int(x) for x in lines[-1].split()[3:]]
+  params, state, gradients, temporaries = map(int, sizes.split())
+  assert losses[0] > losses[1] > losses[2]
+
+  num_layers, d, mlp, vocab, prompt, nodes = 32, 1024, 2816, 16_000, 16, 4 * 24 + 1
+  kernels = 4 * d * d + 3 * d * mlp
+  split, whole = num_layers * kernels + 2 * vocab * d, (2 * num_layers + 1) * d  # the norms are whole
+  assert held == [params] * 4 == [2 * (split // 4 + whole)] * 4
+  assert params < 2 * (split + whole) / 3.9
+  kept = 2 * num_layers * (prompt + nodes) * d  # between layers, in bfloat16: remat keeps nothing else
+  logits = 3 * 4 * nodes * vocab // 4  # float32: themselves, their log-softmax, its gradient
+  cast = 4 * (kernels + vocab * d) // 4  # a CPU multiplies in float32: a layer's share and the head's
+  predicted = params + state + gradients + kept + logits + cast
+  assert params + state + gradients + temporaries == pytest.approx(predicted, rel=0.1)
