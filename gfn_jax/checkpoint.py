@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gfn_jax import distributed
 from gfn_jax.files import is_remote, reason, to_path
 
 
@@ -48,22 +49,32 @@ class Checkpoints:
     abstract = jax.tree.map(lambda x: np.empty(x.shape, x.dtype), like)
     damaged = []
     for step in sorted(self._manager.all_steps(), reverse=True):
-      try:
-        whole = self._manager.restore(
-          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), has_replay=ocp.args.JsonRestore())
-        )
-        replay = {}
-        if whole["has_replay"]:
-          replay = self._manager.restore(step, args=ocp.args.Composite(replay=ocp.args.StandardRestore()))["replay"]
-        for newer in damaged:
-          self._manager.delete(newer)
-        return step, whole["state"], {k: np.asarray(v) for k, v in replay.items()}
-      except Exception as e:  # whatever a half-written file makes Orbax raise
-        logging.warning("checkpoint %d is damaged and skipped: %s", step, reason(e))
+      found = self._read(step, abstract)
+      if distributed.any_of(found is None):  # all take the same one
         damaged.append(step)
+        continue
+      for newer in damaged:
+        self._manager.delete(newer)
+      return step, *found
     if damaged:
       raise ValueError(f"{self._folder}: none of the checkpoints {sorted(damaged)} can be read: choose another folder")
     return None
+
+  def _read(self, step: int, abstract: Any) -> tuple[Any, dict[str, np.ndarray]] | None:
+    """State and replay arrays of one checkpoint; None, with a warning, where it cannot be read."""
+    try:
+      whole = self._manager.restore(
+        step, args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract), has_replay=ocp.args.JsonRestore())
+      )
+      replay = {}
+      if whole["has_replay"]:
+        replay = self._manager.restore(step, args=ocp.args.Composite(replay=ocp.args.StandardRestore()))["replay"]
+      return whole["state"], {k: np.asarray(v) for k, v in replay.items()}
+    except jax.errors.JaxRuntimeError:  # another process has died: that says nothing about the checkpoint
+      raise
+    except Exception as e:  # whatever a half-written file makes Orbax raise
+      logging.warning("checkpoint %d is damaged and skipped: %s", step, reason(e))
+      return None
 
   def restore_adapter(self, step: int | None = None) -> tuple[int, dict] | None:
     """(step, the adapter's {projection: {"lora_a", "lora_b"}}) of one checkpoint, or of the newest that restores.

@@ -110,14 +110,17 @@ class Collector:
     if arrays:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
-  def seed_replay(self) -> np.ndarray:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> np.ndarray:
     """Fills the buffer before the first step, as config.replay.seed_from says.
+
+    Args:
+      on_round: called between device rounds, where there are any.
 
     Returns:
       float [rationales offered], log R of each in nats, untempered.
     """
     if self._config.replay.seed_from == "inverse_prompt":
-      return self._seed_by_inverse_prompt()
+      return self._seed_by_inverse_prompt(on_round)
     max_length = self._config.sampler.max_length
     found = [
       (i, self._task.rationale_tokens(e, max_length))
@@ -126,7 +129,7 @@ class Collector:
     found = [(i, z) for i, z in found if z is not None]
     return self._offer(np.array([i for i, _ in found], int), [z for _, z in found])
 
-  def _seed_by_inverse_prompt(self) -> np.ndarray:
+  def _seed_by_inverse_prompt(self, on_round: Callable[[], None] | None) -> np.ndarray:
     """Reasons that the base gives when it is told the answer (paper, appendix D), scored behind the plain prompt."""
     task, replay = self._task, self._config.replay
     prompts = [dataclasses.replace(e, prompt=task.inverse_prompt(e), reward_prompt=None) for e in task.examples]
@@ -134,7 +137,7 @@ class Collector:
     n = replay.inverse_prompt_samples
     z = self._sampler.draw(
       None, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=1.0,
-      key=data.step_key(self._config.seed, data.SEED, 0),
+      key=data.step_key(self._config.seed, data.SEED, 0), on_round=on_round,
     )  # fmt: skip
     rows = [task.first_words(row[:length].tolist()) for row, length in zip(z.tokens, z.length)]
     return self._offer(np.arange(len(prompts)), [(row, [True] * len(row)) if row else None for row in rows])
@@ -261,9 +264,9 @@ class DemonstrationCollector(Collector):
   def score(self, ids, z, wanted):
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
-  def seed_replay(self) -> np.ndarray:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> np.ndarray:
     """The demonstrations that fit. Raises ValueError where no demonstration is left to learn from."""
-    found = super().seed_replay()
+    found = super().seed_replay(on_round)
     if not len(found):
       raise ValueError(
         f"config.method 'sft' learns from demonstrations, and of the data's {self._task.num_seeded} none has at most "

@@ -72,7 +72,7 @@ def failing_together() -> Iterator[None]:
   except BaseException as e:
     if jax.process_count() == 1:
       raise
-    bad_input = isinstance(e, ValueError | OSError)
+    bad_input = isinstance(e, ValueError | OSError) and not isinstance(e, ConnectionError | TimeoutError)
     if not bad_input:
       traceback.print_exc()
     who = f"process {jax.process_index()} of {jax.process_count()}"

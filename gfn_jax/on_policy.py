@@ -69,8 +69,9 @@ class OnPolicyCollector(Collector):
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 
-  def seed_replay(self) -> np.ndarray:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> np.ndarray:
     """Nothing: there is no buffer."""
+    del on_round
     return np.zeros(0, np.float32)
 
   def __call__(

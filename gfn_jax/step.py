@@ -100,17 +100,18 @@ def train_step(
 
   Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the
   result does not depend on how many carried them (but for the adapter's dropout, where it is on: each micro-batch draws
-  its own). Returns the new state and metrics (the mean over epochs), both the same on every device.
+  its own, by its place in the whole batch). Returns the new state and metrics (the mean over epochs), both the same on
+  every device.
   """
   rows = micro_batches(batch, settings.num_micro_batches)
-  key = jax.random.fold_in(key, jax.lax.axis_index(DATA_AXIS))
+  all_batches = settings.num_micro_batches * jax.lax.axis_size(DATA_AXIS)
   of_batch = functools.partial(objective, settings, params, allowed_tokens, reward_temperature)
 
   def update(carry, epoch):
     trained, opt_state = carry
 
     def terms(trained, micro, index):
-      index += epoch * settings.num_micro_batches
+      index += epoch * all_batches + jax.lax.axis_index(DATA_AXIS) * settings.num_micro_batches
       return of_batch(jax.random.fold_in(key, index) if settings.dropout else None, trained, micro)
 
     def accumulate(total, xs):

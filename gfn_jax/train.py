@@ -6,6 +6,7 @@ holds.
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
 import dataclasses
 import functools
 import os
@@ -209,6 +210,15 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     ValueError: a slip of the user's, in one line.
     FloatingPointError: a loss that is not finite, naming the step.
   """
+  with Preemption() as preemption:
+    try:
+      return _train(config, workdir, preemption)
+    except Preempted:  # before the first step: what was there is there
+      print("SIGTERM: before anything was made; run the same command to go on", flush=True)
+      return EXIT_CODE
+
+
+def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemption: Preemption) -> int:
   # 1. Check everything that can be checked before anything compiles.
   started, everywhere = time.time(), all_devices()
   validate(config, num_shares(config.mesh.model))
@@ -220,6 +230,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
 
   # 2. Base model, task, sampler, rewards, evaluations; adapter, buffer, optimiser, state.
   run, state = set_up(config)
+  preemption.check()
   suite, collector, pretrained, task = run.suite, run.collector, run.parts.pretrained, run.parts.task
   suite.require_test_problems()
   devices, trained = run.parts.devices, state.trained
@@ -241,7 +252,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
 
   rows_per_step = config.train.num_queries * config.sampler.num_samples
   with (
-    Preemption() as preemption,
+    contextlib.closing(checkpoints),
     _open_writer(config, workdir, first_step) as writer,
     StepProfiler(config.profile and distributed.is_first(), workdir / "profile") as profiler,
   ):
@@ -253,18 +264,20 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
       writer.publish()
       checkpoints.save(int(state.step), state, collector.to_arrays())
 
+    # 4. The buffer.
+    if restored is None:
+      seeds = collector.seed_replay(preemption.check)
+      if config.replay.seed_from == "inverse_prompt" and len(seeds):
+        print(f"replay buffer: {len(collector.replay)} rationales by inverse prompting", flush=True)
+      elif task.num_seeded and config.method in ("gfn", "sft"):
+        fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
+        print(f"replay buffer: {fit}", flush=True)
+      if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
+        start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
+        state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
+
     try:
-      # 4. The steps. Metrics of a step are read while the next one runs.
-      if restored is None:
-        seeds = collector.seed_replay()
-        if config.replay.seed_from == "inverse_prompt" and len(seeds):
-          print(f"replay buffer: {len(collector.replay)} rationales by inverse prompting", flush=True)
-        elif task.num_seeded and config.method in ("gfn", "sft"):
-          fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
-          print(f"replay buffer: {fit}", flush=True)
-        if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
-          start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
-          state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
+      # 5. The steps. Metrics of a step are read while the next one runs.
       steps = run.steps(state, range(first_step, config.train.num_steps), preemption.check)
       for step in range(first_step, config.train.num_steps):
         preemption.check()
@@ -290,7 +303,7 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
       save()  # where it stopped early, too
       checkpoints.wait()
 
-      # 5. The final evaluation, the adapter, the report.
+      # 6. The final evaluation, the adapter, the report.
       final_temperature = reward_temperature(config, config.train.num_steps)
       lora = state.trained["lora"]
       if config.train.keep == "best":
@@ -314,8 +327,6 @@ def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
       checkpoints.wait()
       print(f"SIGTERM: saved after step {int(state.step)}; run the same command to go on", flush=True)
       return EXIT_CODE
-    finally:
-      checkpoints.close()
   if distributed.is_first():
     plots.plot_run(workdir, task.name)
     contract.write_results(workdir / "results.json", config, results, time.time() - started)

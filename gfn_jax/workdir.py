@@ -40,6 +40,8 @@ def prepare(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> Pa
     if distributed.any_of(not shared):
       raise ValueError(f"workdir {os.fspath(path)!r} is not the same folder to all {len(probes)} processes")
     probes[jax.process_index()].unlink()
+  except jax.errors.JaxRuntimeError:  # another process has died
+    raise
   except Exception as e:  # a bucket's libraries have many
     if isinstance(e, ValueError) or not (is_remote(path) or isinstance(e, OSError)):
       raise

@@ -176,14 +176,17 @@ run() {
     if ((code == 0)); then
       say "finished; the pod costs money until: launch/tpu_pod.sh delete --name=$name --zone=$zone"
       return
-    elif ((code == 2)); then # bad input, which no pod changes
+    elif ((code == 2)) && [[ $(status) == ACTIVE ]]; then # bad input, which no pod changes
       exit 2
     elif is_active; then
-      ((code == 255)) || {
-        say "no: the command itself ended so"
-        exit "$code"
-      }
-      count_restart "the connection is lost"
+      case $code in
+        75) count_restart "a worker was told to end, and the command has saved" ;;
+        255) count_restart "the connection is lost" ;;
+        *)
+          say "no: the command itself ended so"
+          exit "$code"
+          ;;
+      esac
     fi
   done
 }

@@ -2,6 +2,8 @@
 # The part of tpu_pod.sh that runs on each worker:
 #   tpu_worker.sh run ID COMMAND...   starts COMMAND, shows its output, and exits with its exit code
 #   tpu_worker.sh stop                sends it SIGTERM, and waits for it
+# A command that ends with 143 without `stop` was told by its machine (maintenance, a reboot): run exits with 75, since
+# it goes on when it is started again.
 # The command does not end with the connection. Called again, which gcloud does by itself where ssh fails, run follows
 # what is going on, and starts no ID twice.
 set -euo pipefail
@@ -17,7 +19,7 @@ is_running() { ! flock -n lock true; } # the command's process holds the lock
 
 start() {
   [[ -e ../gfn_jax-venv/bin/activate ]] || fail "nothing is installed here: launch/tpu_pod.sh setup"
-  rm -f pid code
+  rm -f pid code stopped
   : >log
   # shellcheck disable=SC2016
   setsid flock lock bash -c '
@@ -44,7 +46,10 @@ run() {
   fi
   tail -n "$lines" -f --pid="$(<pid)" log
   for _ in {1..20}; do
-    [[ ! -s code ]] || exit "$(<code)"
+    if [[ -s code ]]; then
+      [[ $(<code) != 143 || -e stopped ]] || exit 75
+      exit "$(<code)"
+    fi
     sleep 0.1
   done
   echo "$(hostname): the command was killed" >&2
@@ -53,6 +58,8 @@ run() {
 
 stop() {
   is_running || fail "no command is running"
+  until [[ -s pid ]]; do sleep 0.1; done
+  touch stopped
   kill -TERM "$(<pid)"
   flock -w 600 lock true || fail "the command is still running after 10 minutes"
   echo "$(hostname): the command has ended"
