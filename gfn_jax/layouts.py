@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import dataclasses
+import math
 
 import ml_collections
 
@@ -72,8 +73,8 @@ def make_layouts(
   Args:
     models: by name.
     devices: numbers or names of slices, as text.
-    model_parallel: "auto", config.mesh.model or, where that is 1, the largest split that model and devices allow; or a
-      number.
+    model_parallel: "auto", config.mesh.model or, where that is 1, the largest split that the model and the devices of
+      one host allow; or a number.
     prompt_tokens: P.
 
   Raises:
@@ -94,7 +95,8 @@ def make_layouts(
           f"numbers of devices, as in --devices={num_devices}, for its bytes"
         )
       if model_parallel == "auto" and config.mesh.model == 1:
-        num_model = largest_split(model, num_devices)
+        of_host = accelerator.chips_of_a_host(num_devices) if accelerator else num_devices
+        num_model = largest_split(model, math.gcd(num_devices, of_host))
       elif model_parallel == "auto" and num_devices % config.mesh.model == 0:
         num_model = config.mesh.model
       elif model_parallel.isdecimal() and int(model_parallel) and num_devices % int(model_parallel) == 0:

@@ -217,6 +217,7 @@ def notes(config: ml_collections.ConfigDict, targets: dict[str, tuple[str, ...]]
     f"GB (1e9 bytes) on each device in a training step: {t.num_queries} queries ({micro}) × {sampler.num_samples} "
     f"samples over all devices, prompts of {prompt_tokens} tokens, Z of {sampler.max_length}; "
     f"{model.quantization or model.dtype} base, remat {model.remat}, LoRA rank {config.lora.rank} on {adapted}.",
+    "data × model: a run splits its base so by --config.mesh.model, the second number; 1 by default.",
     "Base, adapter, gradients and AdamW's moments are counted from their shapes; temporaries are what else XLA's CPU "
     "compiler allocates.",
   ]

@@ -20,6 +20,7 @@ TINY = [*SMOKE, "--config.model.name={}/tiny"]
 RUNS = {
   "shape": [*TINY, "--config.model.dtype=bfloat16", "--config.lora.dropout=0.1", "--devices=4", "--prompt_tokens=8"],
   "slice": [*TINY, "--devices=2,v4-8", "--model_parallel=2", "--target_tokens=3"],
+  "hosts": [*SMOKE, "--shape=gpt-j-6b", "--devices=v5e-16", "--config.train.num_queries=16"],
 }
 
 SLIPS = {
@@ -104,6 +105,14 @@ def test_a_slice_has_a_second_table(folder, outcomes):
   assert "tiny on v4-8, 2 × 2" in sums and "trajectories a second" in sums
   for part in ("not measured", "40% of the chip's peak", "60% of its memory's", "105 tokens", "targets 3"):
     assert part in held
+
+
+def test_a_model_is_split_within_a_host(outcomes):
+  """v5e-16 is four hosts of four chips: no run splits a base over two of them."""
+  code, out, err = outcomes["hosts"]
+  assert code == 0, err
+  assert out.splitlines()[2].split("|")[2:4] == [" v5e-16 ", " 4 × 4 "]
+  assert "by --config.mesh.model, the second number" in out
 
 
 def test_a_model_of_known_shape_needs_no_file():
