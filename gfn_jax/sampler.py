@@ -207,9 +207,9 @@ def decode_round(
   temperature: Float[jax.Array, "Q"],
   state: RolloutState,
 ) -> RolloutState:
-  """Decodes until no row is active.
+  """Decodes until no row is active, or more of them wait for the tool than are.
 
-  Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
+  Else those that wait would idle while a long row decodes, and then it while they do. Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
   `parallel.on_any_share`.
   """
@@ -268,7 +268,10 @@ def decode_round(
       logits=jnp.where(writes[..., None], output_logits(config, params, hidden[..., 0, :]), state.logits),
     )
 
-  return jax.lax.while_loop(lambda s: on_any_share(s.active.any(), together), step, state)
+  def goes_on(state: RolloutState) -> jax.Array:
+    return on_any_share(state.active.any() & (state.waiting.sum() <= state.active.sum()), together)
+
+  return jax.lax.while_loop(goes_on, step, state)
 
 
 # Compiled once a shape, however many samplers a process makes.
@@ -416,8 +419,11 @@ class Sampler:
       waiting = np.asarray(state.waiting)
       if not waiting.any():
         break
-      forced = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
-      state = state.replace(forced=forced, active=waiting, waiting=np.zeros_like(waiting))
+      answers = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
+      state = state.replace(
+        forced=np.where(waiting[..., None], answers, np.asarray(state.forced)),
+        active=waiting | np.asarray(state.active), waiting=np.zeros_like(waiting),
+      )  # fmt: skip
       state = self.decode(rollout.lora, prefix, rollout.temperature, state)
     fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
     rows = (np.asarray(x).reshape(-1, *x.shape[3:]) for x in fields)
@@ -444,7 +450,7 @@ class Sampler:
   def decode(
     self, lora: Lora | None, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
   ) -> RolloutState:
-    """One round: until every row has stopped, reached its length or asked the tool. `state` is donated."""
+    """One round: until most rows have stopped, reached their length or asked the tool. `state` is donated."""
     decode = self._round(bool((temperature == 0).any()))
     return decode(self._params, lora, *self._masks, prefix, temperature, state)
 

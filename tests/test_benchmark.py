@@ -154,13 +154,17 @@ def test_trips_of_a_decoding_round():
   before, after = np.array([[[0, 0, 4, 3]]]), np.array([[[1, 3, 4, 5]]])
   state = RolloutState(*[None] * 11)
   state = state.replace(
-    tokens=np.zeros((1, 1, 4, 5), int), length=after, waiting=np.array([[[False, True, False, False]]])
-  )
+    tokens=np.zeros((1, 1, 4, 5), int), length=after, waiting=np.array([[[False, True, False, False]]]),
+    active=np.zeros((1, 1, 4), bool),
+  )  # fmt: skip
   active = np.array([[[True, True, False, True]]])
   assert work.decode_trips(active, before, state) == 3
   # A stop takes a trip that writes nothing.
   stops = state.replace(length=np.array([[[3, 3, 4, 5]]]))
   assert work.decode_trips(active, before, stops) == 4
+  # Most rows wait: one that would go on has written a token a trip.
+  on = state.replace(length=np.array([[[3, 3, 4, 3]]]), active=np.array([[[True, False, False, False]]]))
+  assert work.decode_trips(active, before, on.replace(waiting=np.array([[[False, True, False, True]]]))) == 3
 
 
 def test_a_stopwatch_counts_what_a_program_runs():

@@ -106,5 +106,6 @@ def decode_trips(active: Any, length: Any, after: Any) -> float:
     active, length: [D, q, N], of the rows before the round. after: the `sampler.RolloutState` that it left.
   """
   grown = np.asarray(after.length) - length
-  stopped = active & ~np.asarray(after.waiting) & (np.asarray(after.length) < after.tokens.shape[-1])
+  ended = ~(np.asarray(after.waiting) | np.asarray(after.active))
+  stopped = active & ended & (np.asarray(after.length) < after.tokens.shape[-1])
   return float((grown + stopped).max(axis=(1, 2)).mean())
