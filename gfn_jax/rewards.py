@@ -227,7 +227,8 @@ class RewardModel:
   ) -> tuple[list[_Tree], list[np.ndarray]]:
     """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
     branch_tokens = max(1, target_tokens.shape[1] * (target_tokens.shape[2] - 1))
-    nodes = bucket(trees[0].size, smallest=32)
+    most_nodes = max(part.tree.node_of[:, 1:].size for part in trees)  # where samples share nothing
+    nodes = min(bucket(trees[0].size, smallest=32), most_nodes)
     limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
     fitting = max(1, limit // (nodes * branch_tokens))
     needed = -(-len(trees) // len(self._devices))
@@ -236,7 +237,7 @@ class RewardModel:
     chunk = trees[: per_device * len(self._devices)]
     # Whole samples alone are few branches; all prefixes are as many as there are nodes.
     most = max(len(part.branches) for part in chunk)
-    branches = min(nodes, bucket(most, smallest=8))
+    branches = min(nodes + 1, bucket(most, smallest=8))
     width = max(part.width for part in chunk)
 
     def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
