@@ -1,6 +1,7 @@
 """What training and evaluation are made of: the base model, its task, sampler, rewards and evaluations."""
 
 from collections.abc import Sequence
+import os
 
 import jax
 import ml_collections
@@ -14,6 +15,16 @@ from gfn_jax.parallel import grouped, is_split, mesh_of, place, replicated
 from gfn_jax.tasks import make_task, require_abilities
 
 
+def keep_programs() -> None:
+  """Has JAX keep what it compiles for an accelerator, for the runs to come; JAX_COMPILATION_CACHE_DIR says otherwise.
+
+  Not a CPU's: some of them refuse, in a message a program, what they have compiled themselves
+  (https://github.com/jax-ml/jax/issues/38445). Before anything compiles.
+  """
+  if jax.default_backend() != "cpu" and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/gfn_jax"))
+
+
 def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> tuple[Parts, Suite]:
   """Loads and connects what a config names; nothing compiles but the reward's context.
 
@@ -24,6 +35,7 @@ def build(config: ml_collections.ConfigDict, devices: Sequence[jax.Device]) -> t
     ValueError: a slip of the user's, in one line.
   """
   require_abilities(config)
+  keep_programs()
   devices = grouped(devices, config.mesh.model)
   where = lambda path: replicated(devices)  # noqa: E731
   if is_split(devices):

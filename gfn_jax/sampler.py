@@ -207,9 +207,9 @@ def decode_round(
   temperature: Float[jax.Array, "Q"],
   state: RolloutState,
 ) -> RolloutState:
-  """Decodes until no row is active, or more of them wait for the tool than are.
+  """Decodes until no row is active, or more rows wait for the tool: these would idle while a long one decodes alone.
 
-  Else those that wait would idle while a long row decodes, and then it while they do. Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
+  Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
   `parallel.on_any_share`.
   """

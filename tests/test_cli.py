@@ -2,13 +2,16 @@
 
 import json
 import os
+import pathlib
 import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from gfn_jax import cli
+from gfn_jax.experiment import keep_programs
 from gfn_jax.models import load_pretrained, save_adapter, save_pretrained
 from gfn_jax.version import __version__
 from testing import REPOSITORY, assert_one_line, random_lora, run_commands, tiny_hf_config, tiny_pretrained
@@ -166,3 +169,20 @@ def test_fail_prints_one_line_of_whatever_it_is_given(capsys):
     cli.fail(ValueError("two\n  lines"))
   assert stopped.value.code == 2
   assert re.fullmatch("error: two lines\n", capsys.readouterr().err)
+
+
+def test_what_is_compiled_for_an_accelerator_is_kept(monkeypatch):
+  before = jax.config.jax_compilation_cache_dir
+  found = []
+  try:
+    jax.config.update("jax_compilation_cache_dir", None)
+    for backend, named in (("cpu", None), ("tpu", "elsewhere"), ("tpu", None)):
+      monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+      monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR", raising=False)
+      if named is not None:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", named)
+      keep_programs()
+      found.append(jax.config.jax_compilation_cache_dir)
+  finally:
+    jax.config.update("jax_compilation_cache_dir", before)
+  assert found == [None, None, str(pathlib.Path("~/.cache/gfn_jax").expanduser())]

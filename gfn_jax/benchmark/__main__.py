@@ -9,6 +9,7 @@ import pathlib
 import tempfile
 
 from absl import flags
+import jax
 
 from gfn_jax import cli
 from gfn_jax.benchmark import tables
@@ -22,6 +23,7 @@ from gfn_jax.parallel import num_shares
 def main() -> int:
   f, config = flags.FLAGS, _CONFIG.value
   cli.prepare_jax(config)
+  jax.config.update("jax_enable_compilation_cache", False)  # what it compiles takes as long as at the first time
   check_method(config)
   validate(config, num_shares(config.mesh.model))
   output = check_output(f.output) if f.output else None
