@@ -73,7 +73,7 @@ def base_config() -> ml_collections.ConfigDict:
       "num_epochs": 4,  # updates on a step's trajectories
       "clip": 0.2,
       "value_clip": 0.2,
-      "value_weight": 0.1,
+      "value_learning_rate": 1e-2,  # of the critic, which reads the policy's states and does not shape them
       "discount": 1.0,
       "gae_lambda": 0.95,
       "kl_coefficient": 0.2,  # at the start; it adapts
@@ -256,14 +256,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
     "behavior.temperature_low", "data.seeded_weight", "replay.inverse_prompt_samples", "em.num_rationales",
     "em.num_steps", "em.batch_size", "em.learning_rate", "ppo.num_epochs", "ppo.clip", "ppo.value_clip",
-    "ppo.kl_target", "ppo.kl_horizon", "grpo.num_epochs", "grpo.clip",
+    "ppo.value_learning_rate", "ppo.kl_target", "ppo.kl_horizon", "grpo.num_epochs", "grpo.clip",
   )  # fmt: skip
   natural = (
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
     "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
-    "em.num_rounds", "em.warmup_steps", "ppo.value_weight", "ppo.kl_coefficient", "grpo.kl_coefficient",
-    "behavior.anneal_steps",
+    "em.num_rounds", "em.warmup_steps", "ppo.kl_coefficient", "grpo.kl_coefficient", "behavior.anneal_steps",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")

@@ -257,18 +257,19 @@ def ppo_terms(
   *,
   clip: float,
   value_clip: float,
-  value_weight: float,
 ) -> Terms:
   """Proximal policy optimisation (Schulman et al., 2017, Eq. 9, without the entropy), meant over the acts.
 
-      -min(r A, clip(r, 1 - clip, 1 + clip) A) + value_weight / 2 max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2)
+      -min(r A, clip(r, 1 - clip, 1 + clip) A) + max((v - R)^2, (clip(v, v_old +- value_clip) - R)^2) / 2
+
+  The two have no parameter in common (`policy.state_values`), and so need no weights.
 
   Args:
     log_prob: of the acts under the policy, nats. value: its predictions. acts: what was measured before the update.
   """
   near = acts.value + jnp.clip(value - acts.value, -value_clip, value_clip)
   value_loss = jnp.maximum((value - acts.value_target) ** 2, (near - acts.value_target) ** 2) / 2
-  loss = _clipped(log_prob, acts, clip) + value_weight * value_loss
+  loss = _clipped(log_prob, acts, clip) + value_loss
   return jnp.where(acts.mask, loss, 0.0).sum(), acts.mask.sum().astype(loss.dtype)
 
 

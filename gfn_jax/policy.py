@@ -119,5 +119,9 @@ def init_value_head(config: ModelConfig) -> dict[str, Float[Array, "..."]]:
 
 
 def state_values(head: dict[str, Array], states: Float[Array, "Q K W D"]) -> Float[Array, "Q K W"]:
-  """The critic's prediction of the return at every node, nats."""
-  return states.astype(jnp.float32) @ head["kernel"] + head["bias"]
+  """The critic's prediction of the return at every node, nats.
+
+  Its gradient stops at the states: returns of tens of nats, squared, would shape the adapter far more than the policy's
+  own objective does, and PPO would fall apart.
+  """
+  return jax.lax.stop_gradient(states).astype(jnp.float32) @ head["kernel"] + head["bias"]

@@ -151,7 +151,7 @@ def step_settings(
   # Policy gradients compare the policy with itself before the update: no dropout in between.
   dropout = config.lora.dropout > 0 and method in ("gfn", "sft")
   if method == "ppo":
-    gradients = {k: config.ppo[k] for k in ("clip", "value_clip", "value_weight")}
+    gradients = {k: config.ppo[k] for k in ("clip", "value_clip")}
   elif method == "grpo":
     gradients = {k: config.grpo[k] for k in ("clip", "kl_coefficient")}
   return StepSettings(
@@ -168,7 +168,7 @@ def num_epochs(config: ml_collections.ConfigDict) -> int:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, perhaps linear decay, and clipping for adapter and critic; Adam for log_partition."""
+  """AdamW with linear warm-up, perhaps linear decay, and clipping for the adapter; Adam for log_partition and critic."""
   c = config.train
   warmup = max(1, c.warmup_steps)
   rate = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup)
@@ -180,8 +180,9 @@ def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransform
     optax.clip_by_global_norm(c.clip_norm),
     optax.adamw(lambda count: rate(count // epochs), b1=0.9, b2=0.99, weight_decay=c.weight_decay),
   )
-  log_partition = optax.adam(config.loss.log_partition_learning_rate)
-  labels = {"lora": "adapter", "value": "adapter", "log_partition": "log_partition"}
-  return optax.multi_transform(
-    {"adapter": adapter, "log_partition": log_partition}, lambda tree: {k: labels[k] for k in tree}
-  )
+  optimizers = {
+    "lora": adapter,
+    "log_partition": optax.adam(config.loss.log_partition_learning_rate),
+    "value": optax.adam(config.ppo.value_learning_rate),
+  }
+  return optax.multi_transform(optimizers, lambda tree: {k: k for k in tree})

@@ -456,14 +456,14 @@ def make_acts(rng, shape):
 def test_ppo_is_the_double_loop_of_its_definition():
   rng = np.random.default_rng(0)
   acts, log_prob, value = make_acts(rng, (4, 6)), rng.normal(size=(4, 6)), rng.normal(size=(4, 6))
-  numerator, denominator = losses.ppo_terms(log_prob, value, acts, clip=0.2, value_clip=0.3, value_weight=0.1)
+  numerator, denominator = losses.ppo_terms(log_prob, value, acts, clip=0.2, value_clip=0.3)
   total = 0.0
   for at in zip(*np.nonzero(acts.mask)):
     ratio, advantage = np.exp(log_prob[at] - acts.log_prob[at]), acts.advantage[at]
     policy = -min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
     near = min(max(value[at], acts.value[at] - 0.3), acts.value[at] + 0.3)
     target = acts.value_target[at]
-    total += policy + 0.1 * 0.5 * max((value[at] - target) ** 2, (near - target) ** 2)
+    total += policy + 0.5 * max((value[at] - target) ** 2, (near - target) ** 2)
   np.testing.assert_allclose(numerator, total, rtol=1e-5)
   assert denominator == acts.mask.sum()
 
@@ -494,9 +494,7 @@ def test_policy_gradients_start_as_reinforce(loss):
 
   def value(log_prob):
     if loss == "ppo":
-      numerator, denominator = losses.ppo_terms(
-        log_prob, acts.value, acts, clip=0.2, value_clip=0.2, value_weight=0.1
-      )  # fmt: skip
+      numerator, denominator = losses.ppo_terms(log_prob, acts.value, acts, clip=0.2, value_clip=0.2)
     else:
       numerator, denominator = losses.grpo_terms(log_prob, acts, clip=0.2, kl_coefficient=0.04)
     return numerator / denominator

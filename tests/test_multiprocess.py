@@ -134,6 +134,22 @@ def test_four_devices_make_the_run_of_one(runs, one):
 
 
 @pytest.mark.slow
+def test_two_processes_test_and_choose_as_one_does(runs):
+  """Held-out problems while training, the best adapter, the base beside it: what a run is by default."""
+  whole = (
+    "--config.train.num_steps=4", "--config.eval.every_steps=2", "--config.eval.num_validation=4",
+    "--config.eval.baselines=True", "--config.train.keep=best",
+  )  # fmt: skip
+  complete(runs, "chosen_by_one", 1, 1, *whole)
+  said = complete(runs, "chosen_by_two", 2, 2, *whole)
+  ours, theirs = (json.loads((runs / f"chosen_by_{n}" / "results.json").read_text()) for n in ("two", "one"))
+  measured = {k: v for k, v in theirs.items() if k.startswith("arith/")}
+  assert {"arith/base_3shot/accuracy/5", "arith/gfn/log_ratio_variance"} <= measured.keys()
+  assert {k: v for k, v in ours.items() if k in measured} == pytest.approx(measured, rel=1e-4)
+  assert len([line for line in said.splitlines() if "the best evaluation was after step" in line]) == 1
+
+
+@pytest.mark.slow
 def test_a_split_model_makes_the_run_of_a_whole_one(runs, one):
   """Sampled, scored, trained and tested as data 2 x model 2."""
   said = complete(runs, "split", 1, 4, "--config.mesh.model=2")

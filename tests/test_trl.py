@@ -75,13 +75,13 @@ def test_gae(ppo, discount, gae_lambda):
 
 def test_the_loss_of_ppo(ppo):
   acts, (log_prob, value) = make_acts(1)
-  config = types.SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=0.1, ratio_threshold=np.inf)
+  config = types.SimpleNamespace(cliprange=0.2, cliprange_value=0.3, vf_coef=1.0, ratio_threshold=np.inf)
   logits = np.zeros((*acts.mask.shape, 2))
   policy, values, _ = ppo.loss(
     Trainer(config=config), *tensors(acts.log_prob, acts.value, logits, value, log_prob, acts.mask, acts.advantage,
     acts.value_target),
   )  # fmt: skip
-  ours, number = losses.ppo_terms(log_prob, value, on_device(acts), clip=0.2, value_clip=0.3, value_weight=0.1)
+  ours, number = losses.ppo_terms(log_prob, value, on_device(acts), clip=0.2, value_clip=0.3)
   np.testing.assert_allclose(ours / number, policy + values, rtol=1e-5)
 
 
