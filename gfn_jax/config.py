@@ -72,7 +72,7 @@ def base_config() -> ml_collections.ConfigDict:
     "ppo": c({
       "num_epochs": 4,  # updates on a step's trajectories
       "clip": 0.2,
-      "value_clip": 0.2,
+      "value_clip": 20.0,  # nats; TRL's 0.2 is for rewards of about 1, and a critic would never reach ours
       "value_learning_rate": 1e-2,  # of the critic, which reads the policy's states and does not shape them
       "discount": 1.0,
       "gae_lambda": 0.95,
