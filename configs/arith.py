@@ -17,8 +17,8 @@ VARIANTS = ("", "smoke", "smollm2", "paper", "reference")
 TRIALS = {  # nine of each method
   "gfn": {"train.learning_rate": (2.5e-4, 5e-4, 1e-3), "reward.temperature_end": (0.8, 0.9, 1.0)},
   "sft": {"train.learning_rate": (1e-4, 5e-4, 2e-3), "train.num_steps": (50, 100, 250)},
-  "ppo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "ppo.kl_coefficient": (0.05, 0.2, 1.0)},
-  "grpo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "grpo.kl_coefficient": (0.0, 0.04, 0.2)},
+  "ppo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "ppo.kl_coefficient": (0.2, 1.0, 5.0)},
+  "grpo": {"train.learning_rate": (1e-4, 3e-4, 1e-3), "grpo.kl_coefficient": (0.04, 0.2, 1.0)},
 }
 
 

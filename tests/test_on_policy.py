@@ -89,7 +89,7 @@ def steps_of(workdir):
   return [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("method", ("ppo", pytest.param("grpo", marks=pytest.mark.slow)))
+@pytest.mark.parametrize("method", (pytest.param("ppo", marks=pytest.mark.slow), "grpo"))
 def test_a_baseline_trains_and_is_tested_under_its_name(runs, method):
   workdir = runs(method) / method
   steps = steps_of(workdir)
@@ -101,12 +101,14 @@ def test_a_baseline_trains_and_is_tested_under_its_name(runs, method):
   assert f"arith/{method}/accuracy/3" in results
 
 
+@pytest.mark.slow
 def test_the_kl_coefficient_of_ppo_adapts(runs):
   first, second, _ = (r["kl_coefficient"] for r in steps_of(runs("ppo") / "ppo"))
   assert first == 0.2
   assert second == pytest.approx(0.2 * (1 - 0.2 * 16 / 10_000))  # no KL yet: below its target, by 16 trajectories
 
 
+@pytest.mark.slow
 def test_a_run_in_two_halves_has_the_same_bits(runs):
   halves, whole = (runs("ppo") / name for name in ("halves", "ppo"))
   name = "adapter/adapter_model.safetensors"

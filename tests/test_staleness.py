@@ -151,6 +151,7 @@ print("done")
 """
 
 
+@pytest.mark.slow
 def test_a_step_learns_from_the_adapter_before_the_last_update_and_the_run_goes_on_exactly(tmp_path):
   assert run_python(f"DATA = {str(tmp_path)!r}\n{STEPS}", timeout=900).endswith("done\n")
 
