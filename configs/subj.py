@@ -70,7 +70,7 @@ def get_config(variant: str = ""):
   if variant == "reference":
     config.train.decay_steps = config.train.num_steps
     config.reward.rival_penalty, config.replay.capacity = 50.0, 100
-    config.em.objective, config.sampler.stop_at_eos = "label", True
+    config.em.objective, config.sampler.stop_at_eos = "label", True  # its M-step's rate decays too; ours stays
 
   if variant.endswith("sft"):
     config.method, config.em.num_rounds = "sft", 0

@@ -15,7 +15,7 @@ class Accelerator:
     interconnect: bytes/s that it sends to the chips beside it, over all links together; makers count both directions.
     max_chips: that this interconnect joins: a pod, or the GPUs of a host.
     cores: TensorCores of a chip where a slice's name counts these, else 1.
-    host_chips: the most chips that one host has; a slice of several hosts has `hosts_chips` each.
+    lone_host_chips: the most chips of a slice that is one host; in a slice of several, each has `chips_per_host`.
   """
 
   flops: float
@@ -24,23 +24,23 @@ class Accelerator:
   interconnect: float
   max_chips: int
   cores: int = 1
-  host_chips: int = 8
-  hosts_chips: int = 8
+  lone_host_chips: int = 8
+  chips_per_host: int = 8
 
   def chips_of_a_host(self, num_chips: int) -> int:
     """In a slice of so many."""
-    return num_chips if num_chips <= self.host_chips else self.hosts_chips
+    return num_chips if num_chips <= self.lone_host_chips else self.chips_per_host
 
 
 ACCELERATORS = {
   # https://cloud.google.com/tpu/docs/v4. Interconnect: 6 links of 50 GB/s, https://arxiv.org/abs/2304.01433, table 4.
-  "v4": Accelerator(275e12, 32 * 2**30, 1200e9, 300e9, 4096, cores=2, host_chips=4, hosts_chips=4),
+  "v4": Accelerator(275e12, 32 * 2**30, 1200e9, 300e9, 4096, cores=2, lone_host_chips=4, chips_per_host=4),
   # https://cloud.google.com/tpu/docs/v5e: 400 GB/s in both directions.
-  "v5e": Accelerator(197e12, 16e9, 819e9, 200e9, 256, hosts_chips=4),
+  "v5e": Accelerator(197e12, 16e9, 819e9, 200e9, 256, chips_per_host=4),
   # https://cloud.google.com/tpu/docs/v5p: 1200 GB/s in both directions; 6144 chips are the largest job.
-  "v5p": Accelerator(459e12, 95e9, 2765e9, 600e9, 6144, cores=2, host_chips=4, hosts_chips=4),
+  "v5p": Accelerator(459e12, 95e9, 2765e9, 600e9, 6144, cores=2, lone_host_chips=4, chips_per_host=4),
   # https://cloud.google.com/tpu/docs/v6e: 800 GB/s in both directions.
-  "v6e": Accelerator(918e12, 32e9, 1638e9, 400e9, 256, hosts_chips=4),
+  "v6e": Accelerator(918e12, 32e9, 1638e9, 400e9, 256, chips_per_host=4),
   # SXM, without sparsity, NVLink in one direction. https://www.nvidia.com/en-us/data-center/a100
   "a100": Accelerator(312e12, 80e9, 2039e9, 300e9, 8),
   # https://www.nvidia.com/en-us/data-center/h100

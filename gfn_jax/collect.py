@@ -295,6 +295,8 @@ class DemonstrationCollector(Collector):
     together = max(n for n in range(1, most + 1) if n == 1 or (rows % n == 0 and rows // n >= MIN_PROMPTS))
     if rows // together % shares:
       together = 1
+    if together == 1:  # rows are then as likely as one another, however many share a prompt
+      groups = [group[i : i + 1] for group in groups for i in range(len(group))]
     plan = data.plan_step(config.seed, step, np.ones(len(groups)), rows // together, self._behavior)
     rng = data.step_rng(config.seed, data.REPLAY_STREAM, step)
     drawn = [g if len(g) == 1 else rng.choice(g, together, replace=False) for g in (groups[i] for i in plan.query_ids)]

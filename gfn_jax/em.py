@@ -28,6 +28,7 @@ from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
 from gfn_jax.results import results_table
+from gfn_jax.task import Task
 from gfn_jax.tasks import require_abilities
 from gfn_jax.train import reward_temperature, train
 
@@ -61,13 +62,23 @@ def m_step(config: ml_collections.ConfigDict, rationales: Path, max_length: int)
   return step
 
 
+def learned_length(config: ml_collections.ConfigDict, task: Task) -> int:
+  """The most tokens that an M-step learns of a record: of Z and Y, or of a label.
+
+  At that length a stop is free: where labels are as long as each other, nothing is learned of where they end.
+  """
+  if config.em.objective == "label":
+    return max(len(task.encode_after(f" {label}")) for label in task.labels)
+  return config.sampler.max_length + max(len(task.encode_after(e.target)) for e in task.examples)
+
+
 def sample_rationales(
   config: ml_collections.ConfigDict, adapter: Path, output: Path, on_round: Callable[[], None]
 ) -> int:
   """Draws config.em.num_rationales Z a training query from q, at temperature 1, into JSON lines of X, Z, Y.
 
   Returns:
-    The longest Y, in tokens. Draws nothing where the file is there already.
+    The most tokens that an M-step learns of a record. Draws nothing where the file is there already.
   """
   parts, _ = build(config, jax.local_devices())
   task = parts.task
@@ -86,7 +97,7 @@ def sample_rationales(
     if distributed.is_first():
       write_text(output, "".join(json.dumps(r) + "\n" for r in records))
     distributed.wait_for_all("the rationales")
-  return max(len(task.encode_after(e.target)) for e in task.examples)
+  return learned_length(config, task)
 
 
 def evaluate_pair(
@@ -109,11 +120,6 @@ def _read(path: Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
   return {k: v for k, v in results.items() if k.startswith(f"{config.task}/")}
 
 
-def _stopped() -> int:
-  print("SIGTERM: between the steps of a round; run the same command to go on", flush=True)
-  return EXIT_CODE
-
-
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   """Runs, or goes on with, config.em.num_rounds rounds in `workdir`; exit codes as of `train`.
 
@@ -122,6 +128,15 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
   Raises:
     ValueError: a slip of the user's, in one line.
   """
+  with Preemption() as preemption:
+    try:
+      return _run(config, workdir, preemption)
+    except Preempted:
+      print("SIGTERM: between the steps of a round; run the same command to go on", flush=True)
+      return EXIT_CODE
+
+
+def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemption: Preemption) -> int:
   started, devices = time.time(), all_devices()
   validate(config, num_shares(config.mesh.model))
   require_abilities(config)
@@ -135,25 +150,16 @@ def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
     folder = workdir / f"round{index}"
     print(f"round {index + 1} of {config.em.num_rounds}, E-step", flush=True)
     expectation = e_step(config, adapter)
-    if code := train(expectation.lock(), folder / "e"):
+    if code := train(expectation.lock(), folder / "e", preemption):
       return code
     sampler = folder / "e" / "adapter"
     rationales = folder / "rationales.jsonl"
-    try:
-      with Preemption() as preemption:
-        target_length = sample_rationales(expectation, sampler, rationales, preemption.check)
-    except Preempted:
-      return _stopped()
+    max_length = sample_rationales(expectation, sampler, rationales, preemption.check)
     print(f"round {index + 1} of {config.em.num_rounds}, M-step", flush=True)
-    maximisation = m_step(config, rationales, config.sampler.max_length + target_length)
-    if code := train(maximisation.lock(), folder / "m"):
+    if code := train(m_step(config, rationales, max_length).lock(), folder / "m", preemption):
       return code
     adapter = folder / "m" / "adapter"
-    try:
-      with Preemption() as preemption:
-        pair = evaluate_pair(config, sampler, adapter, preemption.check)
-    except Preempted:
-      return _stopped()
+    pair = evaluate_pair(config, sampler, adapter, preemption.check)
     found = dict(_read(folder / "e" / "results.json", config)) | pair
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   if distributed.is_first():

@@ -1,10 +1,10 @@
 """SIGTERM or a notice of the cloud's: note it, finish what must not be cut, save, and exit 143."""
 
+import http.client
 import os
 import pathlib
 import signal
 import threading
-import urllib.error
 import urllib.request
 
 from gfn_jax import distributed
@@ -13,7 +13,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 # Where a machine of Google's says what it is told of its own end: Compute Engine, TPU VMs and nodes of GKE are such.
 _METADATA = "http://{}/computeMetadata/v1/instance/{}"
 _NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
-_POLL_SECONDS = 5.0
+_POLL_SECONDS, _TIMEOUT_SECONDS = 5.0, 10.0
 
 
 class Preempted(Exception):
@@ -28,15 +28,15 @@ def _metadata_host() -> str | None:
 
 
 def _notices(host: str) -> dict[str, bool]:
-  """Which notices stand; one that cannot be read is not there."""
+  """Whether each notice stands, of those that can be read."""
   found = {}
   for name, value in _NOTICES.items():
     request = urllib.request.Request(_METADATA.format(host, name), headers={"Metadata-Flavor": "Google"})
     try:
-      with urllib.request.urlopen(request, timeout=_POLL_SECONDS) as reply:
+      with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as reply:
         found[name] = reply.read().decode().strip() == value
-    except (urllib.error.URLError, OSError, ValueError):
-      found[name] = False
+    except (OSError, http.client.HTTPException, ValueError):
+      continue
   return found
 
 
@@ -70,10 +70,10 @@ class Preemption:
     before = _notices(host)
     while not self._over.wait(_POLL_SECONDS):
       now = _notices(host)
-      if any(now[name] and not before[name] for name in now):
+      if any(stands and before.get(name) is False for name, stands in now.items()):
         self.requested = True
         return
-      before = now
+      before |= now
 
   def check(self) -> None:
     if distributed.any_of(self.requested):

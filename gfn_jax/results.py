@@ -6,7 +6,7 @@ from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 
 LABELS = {
   "gfn": "GFlowNet fine-tuning", "sft": "supervised fine-tuning", "ppo": "PPO", "grpo": "GRPO",
-  "base_zero_shot": "base, told to think step by step",
+  "base_zero_shot": "base, told how to begin",
 }  # fmt: skip
 
 

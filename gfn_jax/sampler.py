@@ -1,8 +1,8 @@
 """Rollouts: KV-cached decoding on the device, the calculator on the host between jitted rounds.
 
-A round decodes until every row has stopped, reached its length, or asked the tool for a result; the host answers,
-queues the result as forced tokens, and the next round goes on. A rollout costs as many rounds as its longest chain of
-calls.
+A round decodes until no row is active, or more rows wait for the tool than are; the host answers those, queues the
+results as forced tokens, and the next round goes on with all. A rollout costs about as many rounds as its longest chain
+of calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -450,7 +450,7 @@ class Sampler:
   def decode(
     self, lora: Lora | None, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
   ) -> RolloutState:
-    """One round: until most rows have stopped, reached their length or asked the tool. `state` is donated."""
+    """One round: until no row is active, or more rows wait for the tool than are. `state` is donated."""
     decode = self._round(bool((temperature == 0).any()))
     return decode(self._params, lora, *self._masks, prefix, temperature, state)
 

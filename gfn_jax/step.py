@@ -131,7 +131,7 @@ def train_step(
     updates, opt_state = optimizer.update(grads, opt_state, trained)
     number = sums.pop("rows")
     metrics = {k: v / number for k, v in sums.items()}
-    metrics |= {"loss": numerator * scale, "grad_norm": optax.tree.norm(grads)}
+    metrics |= {"loss": numerator * scale, "grad_norm": optax.tree.norm(grads["lora"])}
     return (optax.apply_updates(trained, updates), opt_state), metrics
 
   carry = (state.trained, state.opt_state)
@@ -168,7 +168,7 @@ def num_epochs(config: ml_collections.ConfigDict) -> int:
 
 
 def make_optimizer(config: ml_collections.ConfigDict) -> optax.GradientTransformation:
-  """AdamW with linear warm-up, perhaps linear decay, and clipping for the adapter; Adam for log_partition and critic."""
+  """AdamW with linear warm-up, perhaps linear decay, and clipping for the adapter; Adam for what stands beside it."""
   c = config.train
   warmup = max(1, c.warmup_steps)
   rate = optax.linear_schedule(c.learning_rate / warmup, c.learning_rate, warmup)

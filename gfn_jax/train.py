@@ -201,20 +201,23 @@ def _open_writer(config: ml_collections.ConfigDict, workdir: Path, first_step: i
   return writer
 
 
-def train(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
+def train(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemption: Preemption | None = None
+) -> int:
   """Runs, or goes on with, the run in `workdir`; the exit code: 0 when finished, 143 after SIGTERM.
 
   Several processes make one run: all call this, and the first one writes the files (checkpoints are written by all).
+  `preemption`: of whoever runs more than this, in use; None: one of its own.
 
   Raises:
     ValueError: a slip of the user's, in one line.
     FloatingPointError: a loss that is not finite, naming the step.
   """
-  with Preemption() as preemption:
+  with Preemption() if preemption is None else contextlib.nullcontext(preemption) as told:
     try:
-      return _train(config, workdir, preemption)
-    except Preempted:  # before the first step: what was there is there
-      print("SIGTERM: before anything was made; run the same command to go on", flush=True)
+      return _train(config, workdir, told)
+    except Preempted:  # what was there is there
+      print("SIGTERM: before the first step of this session; run the same command to go on", flush=True)
       return EXIT_CODE
 
 

@@ -47,8 +47,13 @@ run() {
   tail -n "$lines" -f --pid="$(<pid)" log
   for _ in {1..20}; do
     if [[ -s code ]]; then
-      [[ $(<code) != 143 || -e stopped ]] || exit 75
-      exit "$(<code)"
+      [[ $(<code) == 143 ]] || exit "$(<code)"
+      # `stop` reaches the workers one after another, and the first one's processes tell all others.
+      for _ in {1..100}; do
+        [[ ! -e stopped ]] || exit 143
+        sleep 0.1
+      done
+      exit 75
     fi
     sleep 0.1
   done
@@ -57,9 +62,13 @@ run() {
 }
 
 stop() {
-  is_running || fail "no command is running"
-  until [[ -s pid ]]; do sleep 0.1; done
   touch stopped
+  is_running || fail "no command is running"
+  for _ in {1..100}; do # what has just been started may have no number yet
+    [[ ! -s pid ]] || break
+    sleep 0.1
+  done
+  [[ -s pid ]] || fail "no command is running: something is being installed"
   kill -TERM "$(<pid)"
   flock -w 600 lock true || fail "the command is still running after 10 minutes"
   echo "$(hostname): the command has ended"

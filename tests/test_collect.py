@@ -67,6 +67,13 @@ def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompt
     np.testing.assert_array_equal(again.tokens, batch.tokens)
 
 
+def test_rows_that_are_drawn_alone_are_as_likely_as_one_another():
+  """As an M-step's samples are, however often one reason comes back."""
+  collector = make_collector("aaaaaaab", 8)
+  counts = np.bincount([z for step in range(50) for _, z in rows_of(collector({}, step, KEY)[0])], minlength=8)
+  assert (counts == 50).all()  # without replacement
+
+
 def test_every_demonstration_has_its_turn():
   collector = make_collector("aaaabbbb", 4)
   seen = {z for step in range(40) for _, z in rows_of(collector({}, step, KEY)[0])}

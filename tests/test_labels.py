@@ -149,6 +149,14 @@ def test_the_m_step_learns_from_sampled_reasons(base, tmp_path, objective, promp
   assert allowed == labels if objective == "label" else len(allowed) > len(labels)
 
 
+def test_a_label_is_learned_without_its_end(base, tmp_path):
+  task = make_task(base, tmp_path)
+  c = config(objective="label")
+  assert em.learned_length(c, task) == max(len(task.encode_after(f" {label}")) for label in task.labels)
+  c.em.objective, c.sampler.max_length = "joint", 5
+  assert em.learned_length(c, task) == 5 + max(len(task.encode_after(f", so it is {label}.")) for label in task.labels)
+
+
 def test_steps_of_a_round_differ_as_they_should():
   import importlib
 

@@ -64,7 +64,8 @@ def train(runs, workdir, processes, devices, *arguments):
   command = [
     sys.executable, "-m", "gfn_jax.main", "--config=configs/arith.py:smoke", f"--config.data.dir={runs}/tfds",
     f"--workdir={runs / workdir}", f"--config.train.num_steps={NUM_STEPS}", "--config.eval.baselines=False",
-    "--config.eval.num_validation=0", "--config.eval.num_test=10", *(["--multihost"] if processes > 1 else []), *arguments,
+    "--config.eval.num_validation=0", "--config.eval.num_test=10", *(["--multihost"] if processes > 1 else []),
+    *arguments,
   ]  # fmt: skip
   cache = {"JAX_COMPILATION_CACHE_DIR": str(runs / "cache"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
   return start(command, processes, devices, **cache)

@@ -71,7 +71,10 @@ def test_a_notice_counts_from_when_it_comes(metadata, notice):
 
 
 def test_a_server_that_is_gone_tells_nothing(metadata, monkeypatch):
-  del metadata
+  assert preemption._notices(os.environ["GCE_METADATA_HOST"]) == {"preempted": False, "maintenance-event": False}
+  metadata["preempted"] = "TRUE"
+  assert preemption._notices(os.environ["GCE_METADATA_HOST"]) == {"preempted": True, "maintenance-event": False}
+  assert preemption._notices("127.0.0.1:1") == {}
   monkeypatch.setenv("GCE_METADATA_HOST", "127.0.0.1:1")
   with Preemption() as noted:
     time.sleep(0.3)

@@ -107,7 +107,7 @@ def test_a_sweep_and_a_single_run_make_one_table(table4, tmp_path):
   assert row_of(markdown, "supervised fine-tuning")[:4] == ["50.0 (1)", "72.1 ± 1.3", "25.0 (1)", "19.6 ± 2.2"]
   # ppo's run has a base of seed 0 too: it is the same, and does not count twice.
   assert row_of(markdown, "no demonstrations")[:2] == ["20.0 ± 10.0 (3)", "-"]
-  assert row_of(markdown, "base, told to think step by step")[:2] == ["-", "10.2"]
+  assert row_of(markdown, "base, told how to begin")[:2] == ["-", "10.2"]
   assert row_of(markdown, "base, 7 demonstrations") == ["-"] * 6 + ["50.0 ± 0.0 (3)"]
   assert row_of(markdown, "20 demonstrations") == ["-", "35.5 ± 1.9", "-", "21 ± 1.4", "-", "10.5 ± 0.9", "-"]
   assert f"Left out, since they have not ended: {table4 / 'ppo1'}." in markdown

@@ -483,8 +483,20 @@ def test_rules_of_the_tool():
     "went on after an answer", "stopped after an answer", "stopped",
   }  # fmt: skip
   assert every_rule == {rule for rule, count in seen.items() if count}
-  # A row waits at most once a call: at every token but the last.
-  assert 1 < len(rounds) <= max_length
+  assert len(rounds) > 1
+
+
+def test_a_round_ends_when_most_rows_wait():
+  """Those that wait are answered while others are still in mid-decoding, and both end up by the rules."""
+  pretrained, max_length = tiny_pretrained(seed=6), 7
+  tool = FakeTool(pretrained.config.vocab_size)
+  rollout = make_sampler(pretrained, max_length=max_length).begin(
+    random_lora(pretrained), *pad_left(PROMPTS), num_samples=200, temperature=np.full(4, 3.0), key=jax.random.key(6)
+  )
+  waiting, active = (int(np.asarray(x).sum()) for x in (rollout.state.waiting, rollout.state.active))
+  assert waiting > active > 0
+  z = make_sampler(pretrained, max_length=max_length).finish(rollout)
+  assert check_tool_rows(z, tool, max_length)["answered"]
 
 
 def test_calculator_writes_results():

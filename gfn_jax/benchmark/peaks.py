@@ -30,7 +30,7 @@ def matmul_peak(dtype: jnp.dtype, devices: Sequence[jax.Device]) -> float:
   product = jax.pmap(matmul, devices=devices)
   width, best = 512, 0.0
   while width <= MAX_WIDTH:
-    # Random: of constants a GPU, which draws less power for them, makes faster products. By the root they stay in range.
+    # Random: of constants, for which it draws less power, a GPU makes faster products. By the root they stay in range.
     draw = jax.pmap(lambda key, n=width: (jax.random.normal(key, (n, n)) / n**0.5).astype(dtype), devices=devices)
     x, w = (draw(jax.random.split(jax.random.key(seed), len(devices))) for seed in (0, 1))
     seconds = best_seconds(product, x, w)

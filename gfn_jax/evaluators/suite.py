@@ -64,14 +64,16 @@ class Suite:
     held_out = {"test": task.test_examples, "validation": task.validation_examples}
     self._test = held_out[config.eval.split](config.eval.num_test)
     self._shown = {k: task.context_tokens(k, config.seed) for k in config.eval.shots}
-    self._cued = _with_cue(self._test, config.eval.zero_shot_cue)
+    self._cued = _with_cue(self._test, config.eval.zero_shot_cue) if config.eval.zero_shot_cue else {}
     empty = [k for k, context in self._shown.items() if not context]
     if empty:
       raise ValueError(f"config.eval.shots {empty[0]}: the task {task.name!r} has no demonstrations to show")
-    contexts = task.context_tokens(config.reward.num_demonstrations), *self._shown.values()
-    reserved = max(map(len, contexts)) + max(config.sampler.max_length, config.eval.max_length)
-    examples = [e for kinds in (self._validation, self._test, self._cued) for kind in kinds.values() for e in kind]
-    query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
+    in_reward = len(task.context_tokens(config.reward.num_demonstrations))
+    shown = max(map(len, self._shown.values()), default=0)
+    for problems, before in (((self._validation, self._test), max(in_reward, shown)), ((self._cued,), in_reward)):
+      examples = [e for kinds in problems for kind in kinds.values() for e in kind]
+      reserved = before + max(config.sampler.max_length, config.eval.max_length)
+      query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._draws = Draws()
     self._evaluators, self._test_evaluators = (self._make(names, (), self._draws) for names in self._names)
 
@@ -139,7 +141,7 @@ class Suite:
     if config.eval.baselines or lora is None:
       off = jax.tree.map(jnp.zeros_like, lora)  # the base bit for bit, in the programs that the adapter has compiled
       policies += [("base", off, (), self._test)]
-      policies += [("base_zero_shot", off, (), self._cued)] if config.eval.zero_shot_cue else []
+      policies += [("base_zero_shot", off, (), self._cued)] if self._cued else []
       policies += [(f"base_{k}shot", off, before, self._test) for k, before in self._shown.items()]
     names, own = sum(self._names, ()), self._evaluators + self._test_evaluators
     number = sum(map(len, self._test.values()))

@@ -76,13 +76,14 @@ class SubjTask(Task):
     records = json_lines.read(em.rationales_path, ("X", "Z", "Y"))
     if em.objective == "joint":
       return [Example(r["X"], r["Z"] + r["Y"], "", "") for r in records]
-    # Over the labels' tokens alone: the cross-entropy between them, as in the authors' code.
+    # Over the labels' tokens: the cross-entropy between them, as in the authors' code, but for the end of the text,
+    # which is a third class that no record has.
     return [
       Example(r["X"] + r["Z"] + CONCLUSION, r["Y"].removeprefix(CONCLUSION).removesuffix("."), "", "") for r in records
     ]
 
   def rationale_tokens(self, example: Example, max_length: int) -> tuple[list[int], list[bool]] | None:
-    """As `Task`; a sampled Z that the tokenizer would have written otherwise is left out."""
+    """As `Task`, in the tokens that the tokenizer writes for X and Z together; one that joins the two is left out."""
     whole = self.encode(example.prompt + example.rationale)
     prompt = self.encode(example.prompt)
     z = whole[len(prompt) :]
