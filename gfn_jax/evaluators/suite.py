@@ -73,7 +73,8 @@ class Suite:
     for problems, before in (((self._validation, self._test), max(in_reward, shown)), ((self._cued,), in_reward)):
       examples = [e for kinds in problems for kind in kinds.values() for e in kind]
       reserved = before + max(config.sampler.max_length, config.eval.max_length)
-      query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
+      if examples:
+        query_table(examples, task, parts.pretrained.config.max_positions, reserved)  # refuses what does not fit
     self._draws = Draws()
     self._evaluators, self._test_evaluators = (self._make(names, (), self._draws) for names in self._names)
 
