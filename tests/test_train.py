@@ -424,6 +424,7 @@ def test_other_objectives_train(loss, other_losses):
   assert len(losses) == 3 and all(math.isfinite(x) and x > 0 for x in losses)
 
 
+@pytest.mark.slow
 def test_profile_writes_a_trace(other_losses):
   assert list((other_losses / "tb" / "profile").rglob("*.xplane.pb"))
   assert not (other_losses / "db" / "profile").exists()
