@@ -89,7 +89,8 @@ def steps_of(workdir):
   return [r for r in read_jsonl(workdir / "metrics.jsonl") if "loss" in r]
 
 
-@pytest.mark.parametrize("method", (pytest.param("ppo", marks=pytest.mark.slow), "grpo"))
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ("ppo", "grpo"))
 def test_a_baseline_trains_and_is_tested_under_its_name(runs, method):
   workdir = runs(method) / method
   steps = steps_of(workdir)

@@ -163,7 +163,8 @@ def test_bytes_are_those_of_the_compiled_step():
   assert memory.params == 4 * weights
   adapter = 4 * 2 * (2 * (32 * 4) + 2 * (4 * 32))
   assert memory.gradients == adapter
-  assert memory.state == 3 * adapter + 4 * 4  # step; the counts of AdamW, of its schedule, of log_partition's Adam
+  # The step, and counts: of AdamW, of its schedule, and of the Adams that log_partition and a critic would have.
+  assert memory.state == 3 * adapter + 4 * 5
   assert memory.total == memory.params + memory.state + memory.gradients + memory.temporaries
   batch = plan.abstract_batch(config, 8)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731

@@ -49,7 +49,7 @@ RUNS = {  # name -> (arguments, result keys that must be there, plots beside log
 }
 
 
-FAST = ("rng", "jsonl")
+FAST = ("rng",)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +93,7 @@ def check_supervised_fine_tuning(workdir, out):
   assert (workdir / "best" / "adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_a_round_of_expectation_maximisation(run):
   workdir, out = run("subj", ["--config=configs/subj.py:smoke"])
   results = json.loads((workdir / "results.json").read_text())
