@@ -212,7 +212,7 @@ def two_steps(num_devices, num_model, remat="none"):
   for _ in range(2):
     state, metrics = step(*args, state, batch)
   assert int(state.step) == 2
-  assert old.trained["lora"].params["layers"]["q"]["lora_b"].is_deleted()  # the state was donated
+  assert old.trained["lora"].params["layers"]["down"]["lora_b"].is_deleted()  # the state was donated
   down = state.trained["lora"].params["layers"]["down"]["lora_a"]
   assert down.sharding.shard_shape(down.shape)[1] == down.shape[1] // num_model  # and came out split as it went in
   change = [np.asarray(new) - np.asarray(old) for new, old in zip(*map(jax.tree.leaves, (state.trained, trained)))]
