@@ -501,7 +501,7 @@ def test_dry_run_prints_command_lines_and_states(commands):
   "case, named",
   [
     ("no name", ["--name is missing"]),
-    ("unknown name", ["'table9'", "smoke, tuning, table4, table_e3, objectives, misspecified"]),
+    ("unknown name", ["'table9'", "smoke, tuning, table4, table_e3, objectives, staleness, misspecified"]),
     ("no sweep", ["none.py has no 'sweep'"]),
     ("no config", ["--config is missing"]),
     ("unknown field", ["direction"]),
