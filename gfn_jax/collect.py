@@ -17,7 +17,6 @@ from gfn_jax.replay import ReplayBuffer
 from gfn_jax.sampler import Rollout
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
 
-SAMPLES_PER_TREE = 8  # of the loss: attention within a tree is quadratic in its nodes, and its gradient keeps it all
 MIN_PROMPTS = 8  # of a supervised step, where as many rows allow it
 
 
@@ -79,7 +78,9 @@ class Collector:
     config, task = parts.config, parts.task
     self._config, self._task, self.table = config, task, table
     self._sampler, self._reward = parts.sampler, parts.reward
-    self._max_positions = parts.pretrained.config.max_positions
+    shares = len(parts.sampler.devices) * jax.process_count()
+    self._num_shares = shares * num_micro_batches(config, shares)
+    self._model = parts.pretrained.config
     self._behavior = config.behavior
     self._objective = config.loss.name if config.method == "gfn" else config.method
     self._replay_settings = {
@@ -133,7 +134,7 @@ class Collector:
     """Reasons that the base gives when it is told the answer (paper, appendix D), scored behind the plain prompt."""
     task, replay = self._task, self._config.replay
     prompts = [dataclasses.replace(e, prompt=task.inverse_prompt(e), reward_prompt=None) for e in task.examples]
-    queries = data.query_table(prompts, task, self._max_positions, self._config.sampler.max_length)
+    queries = data.query_table(prompts, task, self._model.max_positions, self._config.sampler.max_length)
     n = replay.inverse_prompt_samples
     z = self._sampler.draw(
       None, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=1.0,
@@ -223,7 +224,9 @@ class Collector:
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
     q = self.table[query_ids]
-    trees = build_trees(tokens, length, num_queries=len(query_ids), samples_per_tree=SAMPLES_PER_TREE)
+    trees = build_trees(
+      q.prompt_tokens, q.prompt_mask, tokens, length, hidden_size=self._model.hidden_size, num_shares=self._num_shares
+    )
     return Batch(
       q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask) & ~np.isnan(log_reward), log_reward, trees,
@@ -289,11 +292,9 @@ class DemonstrationCollector(Collector):
     del trained, key, on_round
     config, groups = self._config, self._by_prompt()
     rows = config.train.num_queries * config.sampler.num_samples
-    shares = len(self._sampler.devices) * jax.process_count()
-    shares *= num_micro_batches(config, shares)
     most = min(map(len, groups))
     together = max(n for n in range(1, most + 1) if n == 1 or (rows % n == 0 and rows // n >= MIN_PROMPTS))
-    if rows // together % shares:
+    if rows // together % self._num_shares:
       together = 1
     if together == 1:  # rows are then as likely as one another, however many share a prompt
       groups = [group[i : i + 1] for group in groups for i in range(len(group))]

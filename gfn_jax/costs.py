@@ -3,9 +3,9 @@
     work = step_work(config, layout, Lengths())     # phase -> Work of one device
     {name: seconds(w, layout) for name, w in work.items()}
 
-A calculation, not a measurement. It counts what the programs compute, positions that a mask hides among it, where no
-two samples of a query have a prefix in common; what is padded to a program's next size is left out. No phase waits for
-another device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
+A calculation, not a measurement. It counts what the programs compute, positions that a mask hides and what fills up a
+bin of prefix trees among it, where no two samples of a query have a prefix in common. No phase waits for another
+device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,6 @@ import dataclasses
 
 import ml_collections
 
-from gfn_jax.collect import SAMPLES_PER_TREE as SAMPLES_PER_LOSS_TREE
 from gfn_jax.config import num_micro_batches
 from gfn_jax.data import num_sampled
 from gfn_jax.flops import activation_bytes, adapter_bytes, backward_flops, decode_bytes, forward_flops
@@ -21,7 +20,8 @@ from gfn_jax.layouts import Layout
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models.architectures import lora_targets
 from gfn_jax.models.lora import LoraConfig
-from gfn_jax.rewards import SAMPLES_PER_TREE
+from gfn_jax.prefix_tree import bin_size, bucket, build_trees, fill_bins, nodes_of, unlike_samples
+from gfn_jax.rewards import bins_of_call
 from gfn_jax.shards import shard_of, summed_bytes, summed_gradient_bytes
 
 # What a program reaches of a chip's peak rates.
@@ -116,8 +116,8 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   """Phase -> what one device does in it, in a step of method "gfn" in which all that can be replayed is.
 
   Every sample is as long as it can be and decoded in one round: calls of a tool, for which rows wait, add trips that
-  read the weights again. Rewards are those of an LM, a tree of samples a call; log p(Z), where a config has
-  it, is a pass of its own, and rival targets are more branches: neither is counted.
+  read the weights again. Rewards are those of an LM; log p(Z), where a config has it, is a
+  pass of its own, and rival targets are more branches: neither is counted.
 
   Args:
     config: of the run; its lora.targets fit the model. A split of the model is the same in all phases.
@@ -132,30 +132,30 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
 
   decode = run.forward(run.lora, rows, p + t + 1, rows, cached=fresh * p + rows * t) * t
 
-  trees = -(-samples // SAMPLES_PER_TREE)  # of a query
-  nodes = -(-samples // trees) * t
-  before = lengths.context + p
-  trunk = run.forward(None, p, before, 0, cached=lengths.context) + run.forward(
-    None, nodes, before + nodes, nodes + 1, cached=before
-  )
-  branch = Work()
+  # As `RewardModel` packs them.
+  prompts, _, tokens, length = unlike_samples(fresh, samples, p, t)
+  size = bin_size(p, t, layout.model.hidden_size)
+  bins = fill_bins(list(prompts), tokens, length, size)
+  size, behind = nodes_of(bins, size), 0  # tokens of a bin's branches
   if y > 1:  # the trunk scores Y's first token
     scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1  # of a sample
-    tokens = min(nodes + 1, -(-samples // trees) * scored) * (y - 1)
-    branch = run.forward(None, tokens, before + nodes + y - 1, tokens, cached=before + nodes)
+    ends = (sum(min(len(x.tree) - p + 1, len(x.rows) * scored) for x in parts) for parts in bins)
+    behind = bucket(max(ends), smallest=8) * (y - 1)
+  of_call = min(len(bins), bins_of_call(layout.model.vocab_size, max(size, behind)))
+  nodes, behind, keys = of_call * size, of_call * behind, lengths.context + size
+  trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context)
+  branch = run.forward(None, behind, keys + y - 1, behind, cached=lengths.context + nodes) if y > 1 else Work()
+  calls = len(bins) / of_call
 
   micro = num_micro_batches(config, layout.num_data)
-  share = queries / micro
-  loss_trees = -(-samples // SAMPLES_PER_LOSS_TREE)
-  loss_nodes = -(-samples // loss_trees) * t
-  loss = run.training(share * p, p, 0) + run.training(
-    share * loss_trees * loss_nodes, p + loss_nodes, share * loss_trees * (loss_nodes + 1)
-  )
+  unlike = unlike_samples(queries // micro, samples, p, t)
+  loss_bins, loss_size = build_trees(*unlike, hidden_size=layout.model.hidden_size).tokens.shape
+  loss = run.training(loss_bins * loss_size, loss_size, loss_bins * loss_size)
   return {
     "prefill": run.forward(run.lora, fresh * p, p, fresh),
     "decode": decode,
-    "reward trunk": trunk * (fresh * trees),
-    "reward branch": branch * (fresh * trees),
+    "reward trunk": trunk * calls,
+    "reward branch": branch * calls,
     "loss, forward + backward": loss * micro + run.update(),
   }
 

@@ -39,8 +39,8 @@ def measure(
 
   def of(micro: Batch):
     def score(lora):
-      states = policy.node_states(model, params, lora, micro.prompt_tokens, micro.prompt_mask, micro.trees)
-      log_pf, log_pterm = policy.score_states(
+      states = policy.tree_states(model, params, lora, micro.trees)
+      log_pf, log_pterm = policy.score_trees(
         model, params, states, micro.trees, micro.length, micro.action_mask, allowed_tokens=allowed_tokens,
         stop_token_id=stop_token_id, max_length=max_length,
       )  # fmt: skip

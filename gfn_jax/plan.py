@@ -19,8 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import ml_collections
 
 from gfn_jax import cli, costs
-from gfn_jax.collect import SAMPLES_PER_TREE
-from gfn_jax.config import base_config
+from gfn_jax.config import base_config, num_micro_batches
 from gfn_jax.layouts import Layout, make_layouts, split_note
 from gfn_jax.models import Pretrained
 from gfn_jax.models.architectures import ModelConfig, lora_targets, peft_names, read_config
@@ -30,9 +29,10 @@ from gfn_jax.models.partition import tree_shardings
 from gfn_jax.models.quantization import quantize
 from gfn_jax.models.shapes import SHAPE_OF, SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
+from gfn_jax.prefix_tree import build_trees, unlike_samples
 from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.train import initial_trained, starting_adapter
-from gfn_jax.types import Acts, Batch, TrainState, Trees
+from gfn_jax.types import Acts, Batch, TrainState
 
 ATTENTION = ("q", "k", "v", "qkv", "o")
 
@@ -111,12 +111,16 @@ def abstract_state(config: ml_collections.ConfigDict, model: ModelConfig) -> Tra
   return jax.eval_shape(start)
 
 
-def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Batch:
-  """A step's batch, of all devices, as shapes and dtypes: the most that it can be, samples without common prefixes."""
+def abstract_batch(
+  config: ml_collections.ConfigDict, model: ModelConfig, num_devices: int, prompt_tokens: int
+) -> Batch:
+  """A step's batch, of all `num_devices` that share it, as shapes and dtypes: the most that it can be, samples without
+  common prefixes."""
   queries, t = config.train.num_queries, config.sampler.max_length
   samples = config.sampler.num_samples
-  rows, trees = queries * samples, -(-samples // SAMPLES_PER_TREE)
-  nodes = -(-samples // trees) * t
+  rows, shares = queries * samples, num_devices * num_micro_batches(config, num_devices)
+  unlike = unlike_samples(queries, samples, prompt_tokens, t)
+  trees = build_trees(*unlike, hidden_size=model.hidden_size, num_shares=shares)
   array = jax.ShapeDtypeStruct
   return Batch(
     prompt_tokens=array((queries, prompt_tokens), jnp.int32),
@@ -127,10 +131,7 @@ def abstract_batch(config: ml_collections.ConfigDict, prompt_tokens: int) -> Bat
     action_mask=array((rows, t), bool),
     terminable=array((rows, t + 1), bool),
     log_reward_untempered=array((rows, t + 1), jnp.float32),
-    trees=Trees(
-      *[array((queries, trees, nodes), jnp.int32)] * 3, array((queries, trees, nodes + 1, nodes), bool),
-      array((rows, t + 1), jnp.int32),
-    ),
+    trees=jax.tree.map(lambda x: array(x.shape, x.dtype), trees),
     acts=Acts(array((rows, t + 1), bool), *[array((rows, t + 1), jnp.float32)] * 5)
     if config.method in ("ppo", "grpo")
     else None,
@@ -168,7 +169,8 @@ def lower_step(
   state = abstract_state(config, model)
   state_shardings = tree_shardings(model, mesh, state)
   state = _placed(state, state_shardings)
-  batch = _placed(abstract_batch(config, prompt_tokens), NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
+  batch = abstract_batch(config, model, mesh.shape[DATA_AXIS], prompt_tokens)
+  batch = _placed(batch, NamedSharding(mesh, PartitionSpec(DATA_AXIS)))
   allowed_tokens = jax.ShapeDtypeStruct((model.vocab_size,), bool)
   key = jax.eval_shape(lambda: jax.random.key(0))
   small = _placed((allowed_tokens, jax.ShapeDtypeStruct((), jnp.float32), key), NamedSharding(mesh, PartitionSpec()))

@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from gfn_jax.models.architectures import ModelConfig
-from gfn_jax.models.decoder import output_logits
+from gfn_jax.models.decoder import causal_mask, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import encode_prompts, masked_log_softmax, tree_states
-from gfn_jax.prefix_tree import chains
+from gfn_jax.models.prefix import encode_prompts, masked_log_softmax
 from gfn_jax.types import Trees
 
 
@@ -21,40 +20,44 @@ def action_log_probs(logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array
   return masked_log_softmax(logits, allowed_tokens)
 
 
-def node_states(
+def tree_states(
   config: ModelConfig,
   params: dict,
   lora: Lora | None,
-  prompt_tokens: Int[Array, "Q P"],
-  prompt_mask: Bool[Array, "Q P"],
   trees: Trees,
   *,
   dropout_key: jax.Array | None = None,
   remat: str = "none",
-) -> Float[Array, "Q K W D"]:
-  """Hidden states of the W = U + 1 nodes of each tree; differentiable in `lora`.
+) -> Float[Array, "G U D"]:
+  """Hidden states of the nodes of prefix trees; differentiable in `lora`.
 
-  A query's prompt is computed once, and so is what its trajectories begin with. Arguments as of `score`.
+  A query's prompt is computed once in a bin, and so is what its trajectories begin with. Arguments as of `score`.
   """
-  keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, dropout_key=keys[0], remat=remat)
-  hidden, _ = tree_states(
-    config, params, lora, prefix, trees.tokens, trees.depths, trees.ancestors, keys[1], unroll=True, remat=remat
+  hidden, _ = hidden_states(
+    config, params, lora, trees.tokens, trees.positions, trees.ancestors, (), dropout_key, unroll=True, remat=remat
   )
   return hidden
 
 
-def of_prefixes(values: Float[Array, "Q K W"], trees: Trees) -> Float[Array, "B S"]:
+def of_prefixes(values: Float[Array, "G U"], trees: Trees) -> Float[Array, "B S"]:
   """What stands at the nodes, for the prefixes of each trajectory."""
-  queries, (rows, prefixes) = len(values), trees.node_of.shape
-  found = jnp.take_along_axis(values.reshape(queries, -1), trees.node_of.reshape(queries, -1), axis=1)
-  return found.reshape(rows, prefixes)
+  return values.reshape(-1)[trees.node_of]
 
 
-def score_states(
+def _free(
+  log_pf: Float[Array, "B T"], log_pterm: Float[Array, "B S"], length: Int[Array, "B"], action_mask: Bool[Array, "B T"],
+  max_length: int,
+) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:  # fmt: skip
+  """0 where the policy does not choose: what the tool wrote, the forced stop, and padding."""
+  prefixes = jnp.arange(log_pterm.shape[1])
+  free = (prefixes <= length[:, None]) & (prefixes < max_length)
+  return jnp.where(action_mask, log_pf, 0.0), jnp.where(free, log_pterm, 0.0)
+
+
+def score_trees(
   config: ModelConfig,
   params: dict,
-  states: Float[Array, "Q K W D"],
+  states: Float[Array, "G U D"],
   trees: Trees,
   length: Int[Array, "B"],
   action_mask: Bool[Array, "B T"],
@@ -63,15 +66,12 @@ def score_states(
   stop_token_id: int,
   max_length: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
-  """`score`, from the states of `node_states`."""
+  """`score`, from the states of `tree_states`."""
   log_probs = action_log_probs(output_logits(config, params, states), allowed_tokens)
-  at = jnp.ogrid[tuple(map(slice, trees.parents.shape))][:-1]
-  log_step = log_probs[*at, trees.parents, trees.tokens]  # from its parent to each node
-  log_pf = of_prefixes(jnp.pad(log_step, ((0, 0), (0, 0), (0, 1))), trees)[:, 1:]
-  log_pterm = of_prefixes(log_probs[..., stop_token_id], trees)
-  prefixes = jnp.arange(trees.node_of.shape[1])
-  free = (prefixes <= length[:, None]) & (prefixes < max_length)
-  return jnp.where(action_mask, log_pf, 0.0), jnp.where(free, log_pterm, 0.0)
+  bins = jnp.arange(len(trees.tokens))[:, None]
+  log_step = log_probs[bins, trees.parents, trees.tokens]  # from its parent to each node
+  log_pf, log_pterm = of_prefixes(log_step, trees)[:, 1:], of_prefixes(log_probs[..., stop_token_id], trees)
+  return _free(log_pf, log_pterm, length, action_mask, max_length)
 
 
 def score(
@@ -105,12 +105,19 @@ def score(
     log_pf [B, T] = log q(z_t | z_<t), 0 where action_mask is False; log_pterm [B, S] = log q(stop | z_1:t), 0 at
     max_length and past `length`.
   """
-  trees = chains(tokens, len(prompt_tokens))
-  states = node_states(config, params, lora, prompt_tokens, prompt_mask, trees, dropout_key=dropout_key, remat=remat)
-  return score_states(
-    config, params, states, trees, length, action_mask, allowed_tokens=allowed_tokens, stop_token_id=stop_token_id,
-    max_length=max_length,
-  )  # fmt: skip
+  keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
+  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, dropout_key=keys[0], remat=remat)
+  rows, t = tokens.shape
+  by_query = tokens.reshape(len(prompt_tokens), -1, t)
+  positions = jnp.broadcast_to(prefix.length[:, None, None] + jnp.arange(t), by_query.shape)
+  hidden, _ = hidden_states(
+    config, params, lora, by_query, positions, causal_mask(t), prefix.segments(2), keys[1], unroll=True, remat=remat
+  )
+  root = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
+  states = jnp.concatenate([root, hidden], axis=2).reshape(rows, t + 1, -1)
+  log_probs = action_log_probs(output_logits(config, params, states), allowed_tokens)
+  log_pf = jnp.take_along_axis(log_probs[:, :-1], tokens[..., None], axis=2)[..., 0]
+  return _free(log_pf, log_probs[..., stop_token_id], length, action_mask, max_length)
 
 
 def init_value_head(config: ModelConfig) -> dict[str, Float[Array, "..."]]:
@@ -118,7 +125,7 @@ def init_value_head(config: ModelConfig) -> dict[str, Float[Array, "..."]]:
   return {"kernel": jnp.zeros(config.hidden_size), "bias": jnp.zeros(())}
 
 
-def state_values(head: dict[str, Array], states: Float[Array, "Q K W D"]) -> Float[Array, "Q K W"]:
+def state_values(head: dict[str, Array], states: Float[Array, "G U D"]) -> Float[Array, "G U"]:
   """The critic's prediction of the return at every node, nats.
 
   Its gradient stops at the states: returns of tens of nats, squared, would shape the adapter far more than the policy's

@@ -1,13 +1,12 @@
 """Prefix log-rewards log R(z_1:t) from the frozen LM, for all prefixes of all samples in two passes.
 
-The samples of a query form a tree of distinct prefixes. The *trunk* pass runs the tree's tokens once, each attending to
-its ancestors; the *branch* pass runs the target Y once behind every prefix that needs a reward. Context
-(demonstrations) and question are encoded once and shared. Exact; each branch token attends to the nodes of its tree,
-so large groups of samples are split over trees of bounded size, and cost grows linearly with prefixes times target.
+The samples of a query form a tree of distinct prefixes behind its question, and trees are packed into bins. The *trunk*
+pass runs the bins' tokens once, each attending to its ancestors; the *branch* pass runs the target Y once behind every
+prefix that needs a reward. The context (demonstrations) is encoded once and shared. Exact; each branch token attends
+to the nodes of its bin, whose size is bounded, so that cost grows linearly with prefixes times target.
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
 from typing import Any
 
@@ -20,22 +19,18 @@ from gfn_jax import distributed
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
-from gfn_jax.models.prefix import (
-  encode_context,
-  encode_prompts,
-  masked_log_softmax,
-  prompt_width,
-  tree_states,
-  without_start,
-)
+from gfn_jax.models.prefix import context_segment, encode_context, masked_log_softmax, without_start
 from gfn_jax.parallel import Devices, over_data, settled
-from gfn_jax.prefix_tree import PrefixTree, bucket, build_tree, groups
+from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, nodes_of, stack_bins
 from gfn_jax.types import Example, Queries
 
-MAX_BRANCH_TOKENS = 6144  # of one device call; more trees go into further calls, one at the least
-MAX_LOGITS = 2**26  # floats of one call's branch logits, which bound its memory
-MAX_WIDE_QUERIES = 64  # of a call whose prompts are all padded alike; more are an evaluation's
-SAMPLES_PER_TREE = 32  # a tree's attention is quadratic in its nodes: larger groups are split
+MAX_TOKENS = 6144  # of a pass of one device call; more bins go into further calls, one at the least
+MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
+
+
+def bins_of_call(vocab_size: int, tokens: int) -> int:
+  """The most bins that a device scores at once, where a pass has so many `tokens` of each."""
+  return max(1, min(MAX_TOKENS, MAX_LOGITS // vocab_size) // tokens)
 
 
 def _score_trees(
@@ -45,53 +40,48 @@ def _score_trees(
   lora: Lora | None,
   context: KeyValues | None,
   allowed_tokens: jax.Array | None,
-  prompt_tokens: jax.Array,  # [G, P]
-  prompt_mask: jax.Array,
   tokens: jax.Array,  # [G, U]
-  parents: jax.Array,  # [G, U], U for the root
-  depths: jax.Array,  # [G, U]
-  ancestors: jax.Array,  # [G, U + 1, U]
+  parents: jax.Array,  # [G, U]
+  positions: jax.Array,  # [G, U], behind the context
+  ancestors: jax.Array,  # [G, U, U]
+  written: jax.Array,  # [G, U], the nodes of Z; the others are prompts'
   branches: jax.Array,  # [G, M], the nodes to score
-  target_tokens: jax.Array,  # [G, L, Y]
+  target_tokens: jax.Array,  # [G, M, Y], of each
   target_mask: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-  """log p(z_1:t | context, prompt), [G, M], and log p(target | context, prompt, z_1:t), [G, M, L], for G trees.
+  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), [G, M], for G bins of trees.
 
-  Where the first target is empty, the stop token (unless it is None) ends the text: its probability joins that of z.
+  Where the target is empty, the stop token (unless it is None) ends the text: its probability joins that of z.
   """
-  prefix = encode_prompts(config, params, lora, prompt_tokens, prompt_mask, context)
-  hidden, kv = tree_states(config, params, lora, prefix, tokens, depths, ancestors)
+  before = 0 if context is None else context.keys.shape[-2]
+  segments = [] if context is None else [context_segment(context)]
+  positions = before + positions
+  hidden, kv = hidden_states(config, params, lora, tokens, positions, ancestors, segments)
   logits = output_logits(config, params, hidden)
-  take = functools.partial(jnp.take_along_axis, axis=1)
+  bins = jnp.arange(len(tokens))[:, None]
 
   # Trunk: a prefix's log-probability is the sum over its way from the root.
   log_probs = masked_log_softmax(logits, allowed_tokens)
-  steps = jnp.take_along_axis(take(log_probs, parents[..., None]), tokens[..., None], axis=2)[..., 0]
-  ways = take(ancestors, branches[..., None])  # [G, M, U]
+  steps = jnp.where(written, log_probs[bins, parents, tokens], 0.0)
+  ways = ancestors[bins, branches]  # [G, M, U]
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
   if stop_token_id is not None:
-    log_p_stop = take(log_probs[..., stop_token_id], branches)
-    log_p_prefix += jnp.where(target_mask[:, 0, :1], 0.0, log_p_stop)
+    log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_probs[bins, branches, stop_token_id])
 
   # Branches: the trunk predicts a target's first token, the branch the others.
-  first = take(jax.nn.log_softmax(logits, axis=-1), branches[..., None])
-  log_p_target = jnp.take_along_axis(first, target_tokens[:, None, :, 0], axis=2)
-  log_p_target = jnp.where(target_mask[:, None, :, 0], log_p_target, 0.0)
-  (num_targets, n), num_branches = (target_tokens.shape[1], target_tokens.shape[2] - 1), branches.shape[1]
-  if n > 0:  # every target behind every node: [G, M * L, Y - 1]
-    behind = lambda x: jnp.tile(x, (1, num_branches, 1))  # noqa: E731
-    each = functools.partial(jnp.repeat, repeats=num_targets, axis=1)
-    node_depths = jnp.pad(depths, ((0, 0), (0, 1)))
-    start = each(prefix.length[:, None] + take(node_depths, branches))
-    positions = prefix.length[:, None] + depths - 1
-    segments = [*prefix.segments(2), Segment(kv, each(ways)[:, :, None, :], positions[:, None, None])]
+  first = jax.nn.log_softmax(logits, axis=-1)[bins, branches, target_tokens[..., 0]]
+  log_p_target = jnp.where(target_mask[..., 0], first, 0.0)
+  n = target_tokens.shape[-1] - 1
+  if n > 0:
+    start = positions[bins, branches] + 1
+    segments = [*segments, Segment(kv, ways[:, :, None, :], positions[:, None, None])]
     # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
-    target_positions = jnp.where(behind(target_mask[..., :-1]), start[..., None] + jnp.arange(n), 0)
-    inputs = behind(target_tokens[..., :-1])
+    target_positions = jnp.where(target_mask[..., :-1], start[..., None] + jnp.arange(n), 0)
+    inputs = target_tokens[..., :-1]
     branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
     branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
-    rest = jnp.take_along_axis(branch, behind(target_tokens[..., 1:])[..., None], axis=-1)[..., 0]
-    log_p_target += jnp.where(behind(target_mask[..., 1:]), rest, 0.0).sum(-1).reshape(log_p_target.shape)
+    rest = jnp.take_along_axis(branch, target_tokens[..., 1:, None], axis=-1)[..., 0]
+    log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
   return log_p_prefix, log_p_target
 
 
@@ -99,26 +89,8 @@ def _score_trees(
 def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = settled(jax.jit(functools.partial(encode_context, config)))
-  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
+  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 8, devices)
   return encode, score
-
-
-@dataclasses.dataclass(frozen=True)
-class _Tree:
-  """A tree of rows of one query, and the nodes whose rewards are wanted: what a device call takes, before padding.
-
-  `width`: of the prompt, in columns.
-  """
-
-  query: int
-  width: int
-  rows: np.ndarray
-  tree: PrefixTree
-  branches: np.ndarray
-
-  @property
-  def size(self) -> int:
-    return max(len(self.tree), len(self.branches))
 
 
 class RewardModel:
@@ -188,71 +160,65 @@ class RewardModel:
     self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
   ) -> tuple[np.ndarray, np.ndarray]:
     """What a call returns, of this process's queries alone."""
-    # The shape of a training step's few queries stays, for which one program is compiled.
-    few, trees = len(prompt_tokens) <= MAX_WIDE_QUERIES, []
-    for q in range(len(prompt_tokens)):
-      width = prompt_tokens.shape[1] if few else prompt_width(prompt_mask[q])
-      first = q * num_samples
-      for rows in groups(tokens[first : first + num_samples], SAMPLES_PER_TREE):
-        rows = first + rows
-        tree = build_tree(tokens[rows], length[rows])
-        trees.append(_Tree(q, width, rows, tree, np.unique(tree.node_of[terminable[rows]]).astype(np.int32)))
-    # The trees of a call are padded to its largest, and their prompts to its widest.
-    trees.sort(key=lambda part: (-bucket(part.size, 32), -part.width, -part.size))
+    prompts = [row[mask] if mask.any() else row[-1:] for row, mask in zip(prompt_tokens, prompt_mask)]
+    size = bin_size(max(map(len, prompts)), tokens.shape[1], self._config.hidden_size)
+    bins = fill_bins(prompts, tokens, length, size)
+    # Each target behind every node that is wanted: [parts][nodes, L].
+    ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
+    num_targets, width = target_tokens.shape[1:]
+    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8)
+    size = nodes_of(bins, size)
+    fitting = bins_of_call(self._config.vocab_size, max(size, branches * (width - 1)))
+    devices = len(self._devices)
+    needed = -(-len(bins) // devices)
+    per_device = min(fitting, bucket(-(-needed // -(-needed // fitting))))
 
     log_p_prefix = np.zeros(terminable.shape, np.float32)
-    log_p_target = np.zeros((*terminable.shape, target_tokens.shape[1]), np.float32)
-    of_query = (prompt_tokens, prompt_mask, target_tokens, target_mask)
+    log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     pending = []
-    while trees:
-      chunk, arrays = self._next_chunk(trees, *of_query)
-      trees = trees[len(chunk) :]
-      pending.append((chunk, self.score_trees(*arrays)))
-    for chunk, results in pending:
-      prefixes, targets = (np.asarray(r).reshape(-1, *r.shape[2:]) for r in results)
-      for part, a, b in zip(chunk, prefixes, targets):
-        wanted = terminable[part.rows]
-        slot = np.zeros(len(part.tree) + 1, np.int64)
-        slot[part.branches] = np.arange(len(part.branches))
-        log_p_prefix[part.rows] = np.where(wanted, a[slot[part.tree.node_of]], 0.0)
-        log_p_target[part.rows] = np.where(wanted[..., None], b[slot[part.tree.node_of]], 0.0)
+    for i in range(0, len(bins), devices * per_device):
+      chunk = slice(i, i + devices * per_device)
+      arrays = self._arrays(bins[chunk], ends[chunk], size, branches, target_tokens, target_mask)
+      arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]
+      results = self.score_trees(*(x.reshape(devices, per_device, *x.shape[1:]) for x in arrays))
+      pending.append((bins[chunk], ends[chunk], results))
+    for *chunk, results in pending:
+      results = [np.asarray(r).reshape(-1, branches) for r in results]
+      for parts, of_bin, prefixes, targets in zip(*chunk, *results):
+        first = 0
+        for part, nodes in zip(parts, of_bin):
+          if not len(nodes):
+            continue
+          last = first + len(nodes) * num_targets
+          wanted, slot = terminable[part.rows], np.zeros(len(part.tree), np.int64)
+          slot[nodes] = np.arange(len(nodes))
+          a, b = (x[first:last].reshape(len(nodes), num_targets)[slot[part.tree.node_of]] for x in (prefixes, targets))
+          log_p_prefix[part.rows] = np.where(wanted, a[..., 0], 0.0)
+          log_p_target[part.rows] = np.where(wanted[..., None], b, 0.0)
+          first = last
     return log_p_prefix, log_p_target
 
+  def _arrays(self, bins, ends, size: int, branches: int, target_tokens, target_mask) -> list[np.ndarray]:
+    """What `_score_trees` takes of some bins: their nodes, and the targets behind the nodes `ends` of their parts."""
+    num_targets, width = target_tokens.shape[1:]
+    written = np.zeros((len(bins), size), bool)
+    at = np.zeros((len(bins), branches), np.int32)
+    behind_tokens = np.zeros((len(bins), branches, width), np.int32)
+    behind_mask = np.zeros(behind_tokens.shape, bool)
+    for g, (parts, of_bin) in enumerate(zip(bins, ends)):
+      first = 0
+      for part, nodes in zip(parts, of_bin):
+        written[g, part.start : part.end] = part.tree.depths > 0
+        own = slice(first, first + len(nodes) * num_targets)
+        at[g, own] = np.repeat(part.start + nodes, num_targets)
+        behind_tokens[g, own] = np.tile(target_tokens[part.query], (len(nodes), 1))
+        behind_mask[g, own] = np.tile(target_mask[part.query], (len(nodes), 1))
+        first = own.stop
+    return [*stack_bins(bins, size), written, at, behind_tokens, behind_mask]
+
   def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
-    """One call: `_score_trees` of prompts, trees and targets, [devices, trees, ...]."""
+    """One call: `_score_trees` of bins of trees and targets, [devices, bins, ...]."""
     return self._score(self._params, self._lora, self._context, self._allowed, *arrays)
-
-  def _next_chunk(
-    self, trees: list[_Tree], prompt_tokens, prompt_mask, target_tokens, target_mask
-  ) -> tuple[list[_Tree], list[np.ndarray]]:
-    """The largest trees that fit one call, padded to a bucket, [devices, trees, ...]."""
-    branch_tokens = max(1, target_tokens.shape[1] * (target_tokens.shape[2] - 1))
-    most_nodes = max(part.tree.node_of[:, 1:].size for part in trees)  # where samples share nothing
-    nodes = min(bucket(trees[0].size, smallest=32), most_nodes)
-    limit = min(MAX_BRANCH_TOKENS, MAX_LOGITS // self._config.vocab_size)
-    fitting = max(1, limit // (nodes * branch_tokens))
-    needed = -(-len(trees) // len(self._devices))
-    # Few numbers, each a program to compile, and little that only fills a call up.
-    per_device = min(1 << (fitting.bit_length() - 1), needed if needed < 3 else bucket(needed, smallest=2))
-    chunk = trees[: per_device * len(self._devices)]
-    # Whole samples alone are few branches; all prefixes are as many as there are nodes.
-    most = max(len(part.branches) for part in chunk)
-    branches = min(nodes + 1, bucket(most, smallest=8))
-    width = max(part.width for part in chunk)
-
-    def arrays(part: _Tree) -> tuple[np.ndarray, ...]:
-      q, tree = part.query, part.tree.padded(nodes)
-      ends = np.where(part.branches == len(part.tree), nodes, part.branches)
-      ends = np.pad(ends, (0, branches - len(ends)), constant_values=nodes)
-      return (
-        prompt_tokens[q, -width:], prompt_mask[q, -width:], tree.tokens, tree.parents, tree.depths, tree.ancestors,
-        ends, target_tokens[q], target_mask[q],
-      )  # fmt: skip
-
-    rows = [arrays(part) for part in chunk]
-    rows += [rows[-1]] * (per_device * len(self._devices) - len(rows))
-    shape = (len(self._devices), per_device)
-    return chunk, [np.stack(x).reshape(*shape, *x[0].shape) for x in zip(*rows)]
 
 
 class Reward:

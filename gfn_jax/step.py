@@ -49,11 +49,10 @@ def objective(
   batch: Batch,
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
   """The loss of a (micro-)batch before its division: numerator, denominator, and sums over the rows for the log."""
-  states = policy.node_states(
-    settings.model, params, trained["lora"], batch.prompt_tokens, batch.prompt_mask, batch.trees,
-    dropout_key=dropout_key, remat=settings.remat,
-  )  # fmt: skip
-  log_pf, log_pterm = policy.score_states(
+  states = policy.tree_states(
+    settings.model, params, trained["lora"], batch.trees, dropout_key=dropout_key, remat=settings.remat
+  )
+  log_pf, log_pterm = policy.score_trees(
     settings.model, params, states, batch.trees, batch.length, batch.action_mask, allowed_tokens=allowed_tokens,
     stop_token_id=settings.stop_token_id, max_length=settings.max_length,
   )  # fmt: skip

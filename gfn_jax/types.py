@@ -3,7 +3,7 @@
   B  trajectories, grouped by query: B = Q * N        Q  queries        N  samples of a query
   P  prompt tokens (left-padded)                      T  generated tokens (right-padded)
   S  prefixes of a trajectory: S = T + 1, the empty one first. T and S are never mixed
-  K  prefix trees of a query                          U  nodes of a tree
+  G  bins of prefix trees                             U  nodes of a bin
   Y  target tokens                                    L  targets of a query: Y itself, then its rivals
   C  context tokens (demonstrations)                  V  vocabulary
   D  devices
@@ -131,21 +131,19 @@ def terminable_prefixes(length: Array, action_mask: Array) -> np.ndarray:
 
 @flax.struct.dataclass
 class Trees:
-  """The distinct prefixes of a batch's trajectories: K trees a query, of U nodes each, every node a non-empty prefix.
-
-  A parent stands before its children, and the root, the empty prefix, is node U. Padding hangs beneath the root.
+  """The distinct prefixes of a batch's trajectories, behind their prompts: G bins of U nodes (see `prefix_tree`).
 
   Attributes:
-    tokens: int [Q, K, U], the last token of each prefix.
-    parents: int [Q, K, U]; U for children of the root.
-    depths: int [Q, K, U], tokens of each prefix, from 1.
-    ancestors: bool [Q, K, U + 1, U], which nodes stand on the way to a node, itself included.
-    node_of: int [B, S], where the prefixes of each trajectory stand among the K (U + 1) nodes of its query.
+    tokens: int [G, U], the last token of each node's text.
+    parents: int [G, U].
+    positions: int [G, U], tokens before it.
+    ancestors: bool [G, U, U], which nodes stand on the way to a node, itself included.
+    node_of: int [B, S], where the prefixes of each trajectory stand among the G U nodes of its share of the batch.
   """
 
   tokens: Any
   parents: Any
-  depths: Any
+  positions: Any
   ancestors: Any
   node_of: Any
 

@@ -254,10 +254,11 @@ state = jax.device_put(state, tree_shardings(model, mesh, state))
 rng = np.random.default_rng(0)
 tokens, length = rng.integers(0, V, (Q * N, T)).astype(np.int32), np.full(Q * N, T, np.int32)
 chosen = np.ones((Q * N, T), bool)
+prompts = rng.integers(0, V, (Q, P)).astype(np.int32), np.ones((Q, P), bool)
 batch = Batch(
-  rng.integers(0, V, (Q, P)).astype(np.int32), np.ones((Q, P), bool), np.arange(Q, dtype=np.int32), tokens, length,
-  chosen, terminable_prefixes(length, chosen), rng.normal(-200, 3, (Q * N, T + 1)).astype(np.float32),
-  build_trees(tokens, length, num_queries=Q, samples_per_tree=8),
+  *prompts, np.arange(Q, dtype=np.int32), tokens, length, chosen,
+  terminable_prefixes(length, chosen), rng.normal(-200, 3, (Q * N, T + 1)).astype(np.float32),
+  build_trees(*prompts, tokens, length, hidden_size=D, num_shares=Q),
 )
 held = [sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == d)
         for d in jax.devices()]
@@ -281,12 +282,12 @@ def test_a_base_larger_than_a_devices_share_trains_within_the_bytes_that_are_pre
   params, state, gradients, temporaries = map(int, sizes.split())
   assert losses[0] > losses[1] > losses[2]
 
-  num_layers, d, mlp, vocab, prompt, nodes = 32, 1024, 2816, 16_000, 16, 4 * 24 + 1
+  num_layers, d, mlp, vocab, nodes = 32, 1024, 2816, 16_000, 16 + 4 * 24
   kernels = 4 * d * d + 3 * d * mlp
   split, whole = num_layers * kernels + 2 * vocab * d, (2 * num_layers + 1) * d  # the norms are whole
   assert held == [params] * 4 == [2 * (split // 4 + whole)] * 4
   assert params < 2 * (split + whole) / 3.9
-  kept = 2 * num_layers * (prompt + nodes) * d  # between layers, in bfloat16: remat keeps nothing else
+  kept = 2 * num_layers * nodes * d  # between layers, in bfloat16: remat keeps nothing else
   logits = 3 * 4 * nodes * vocab // 4  # float32: themselves, their log-softmax, its gradient
   cast = 4 * (kernels + vocab * d) // 4  # a CPU multiplies in float32: a layer's share and the head's
   assert temporaries == pytest.approx(kept + logits + cast, rel=0.2)

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import policy
-from gfn_jax.prefix_tree import bucket, build_tree, build_trees, groups
+from gfn_jax import policy, prefix_tree
+from gfn_jax.prefix_tree import bin_size, bucket, build_tree, build_trees, fill_bins, stack_bins
 from testing import random_lora, tiny_pretrained
 
 
@@ -24,68 +24,103 @@ def samples(draw):
   return np.array(tokens, np.int32).reshape(len(tokens), num_tokens), np.array(length, np.int32)
 
 
+PROMPT = np.array([2, 1, 7], np.int32)
+
+
 @settings(max_examples=300, deadline=None)
 @given(samples())
 def test_tree_holds_each_distinct_prefix_once(case):
   tokens, length = case
-  tree = build_tree(tokens, length)
-  size, num_tokens = len(tree.tokens), tokens.shape[1]
+  tree = build_tree(PROMPT, tokens, length)
+  size, num_tokens, root = len(tree), tokens.shape[1], len(PROMPT) - 1
   paths = []
   for node in range(size):
     parent = tree.parents[node]
-    assert parent == size or parent < node
-    paths.append((() if parent == size else paths[parent]) + (int(tree.tokens[node]),))
-  prefixes = {tuple(row[:t]) for row, n in zip(tokens.tolist(), length) for t in range(1, n + 1)}
-  assert len(paths) == len(prefixes) and set(paths) == prefixes
-  assert tree.depths.tolist() == [len(path) for path in paths]
+    assert parent < node or node == parent == 0
+    paths.append((paths[parent] if node else ()) + (int(tree.tokens[node]),))
+  texts = {tuple(row[:t]) for row, n in zip(tokens.tolist(), length) for t in range(1, n + 1)}
+  prompt = tuple(PROMPT.tolist())
+  assert paths[: root + 1] == [prompt[:i] for i in (1, 2, 3)]
+  assert len(paths) == root + 1 + len(texts) and set(paths[root + 1 :]) == {prompt + text for text in texts}
+  assert tree.depths.tolist() == [max(0, len(path) - len(prompt)) for path in paths]
+  assert tree.positions.tolist() == [len(path) - 1 for path in paths]
 
-  paths.append(())  # the root
-  assert tree.ancestors.shape == (size + 1, size)
+  assert tree.ancestors.shape == (size, size)
   for node, path in enumerate(paths):
     above = [other for other in range(size) if paths[other] == path[: len(paths[other])]]
     assert np.flatnonzero(tree.ancestors[node]).tolist() == above
   assert tree.node_of.shape == (len(tokens), num_tokens + 1)
   for row, n, nodes in zip(tokens.tolist(), length, tree.node_of):
-    assert [paths[node] for node in nodes] == [tuple(row[: min(t, n)]) for t in range(num_tokens + 1)]
+    assert [paths[node] for node in nodes] == [prompt + tuple(row[: min(t, n)]) for t in range(num_tokens + 1)]
 
 
-def prefix_at(tokens, parents, node):
-  """The prefix that a node stands for, by walking up to the root."""
-  found = []
-  while node != len(tokens):
-    found.insert(0, int(tokens[node]))
-    node = parents[node]
-  return tuple(found)
+def text_at(trees, first, node):
+  """What a node of a share, whose bins begin with `first`, stands for: by walking up to its prompt's first token."""
+  (g, node), found = divmod(int(node), trees.tokens.shape[1]), []
+  g += first
+  while True:
+    found.insert(0, int(trees.tokens[g, node]))
+    assert trees.ancestors[g, node].sum() == trees.positions[g, node] + 1
+    if trees.parents[g, node] == node:
+      return tuple(found)
+    node = trees.parents[g, node]
 
 
 @settings(max_examples=100, deadline=None)
-@given(samples(), st.integers(1, 3), st.integers(1, 4))
-def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, samples_per_tree):
-  tokens, length = (np.concatenate([x] * num_queries) for x in case)
-  if not tokens.shape[1]:
-    return
-  trees = build_trees(tokens, length, num_queries=num_queries, samples_per_tree=samples_per_tree)
-  queries, per_query, size = trees.tokens.shape
-  assert queries == num_queries and per_query == -(-len(case[0]) // samples_per_tree)
+@given(samples(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 40))
+def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, num_shares, bin_nodes):
+  queries = num_queries * num_shares
+  tokens, length = (np.concatenate([x] * queries) for x in case)
+  widths = 1 + np.arange(queries) % 3
+  prompt_mask = np.arange(3) >= 3 - widths[:, None]
+  prompt_tokens = np.where(prompt_mask, np.arange(queries)[:, None] + 3, 0).astype(np.int32)
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(prefix_tree, "BIN_NODES", bin_nodes)
+    patch.setattr(prefix_tree, "BIN_PROMPTS", 1)
+    trees = build_trees(prompt_tokens, prompt_mask, tokens, length, num_shares=num_shares)
+  assert len(trees.tokens) % num_shares == 0
+  bins = len(trees.tokens) // num_shares
   for row, (sample, n, nodes) in enumerate(zip(tokens.tolist(), length, trees.node_of)):
     query = row // len(case[0])
+    first = query // num_queries * bins
+    prompt = tuple(prompt_tokens[query][prompt_mask[query]].tolist())
     for t, node in enumerate(nodes):
-      tree, node = divmod(int(node), size + 1)
-      assert prefix_at(trees.tokens[query, tree], trees.parents[query, tree], node) == tuple(sample[: min(t, n)])
+      assert text_at(trees, first, node) == prompt + tuple(sample[: min(t, n)])
 
 
-def test_groups_are_even_and_put_like_samples_together():
-  tokens = np.array([[1, 2], [3, 4], [1, 3], [3, 3], [1, 2]])
-  assert [g.tolist() for g in groups(tokens, 2)] == [[0, 4], [2, 3], [1]]
-  assert [g.tolist() for g in groups(tokens, 8)] == [[0, 4, 2, 3, 1]]
+def test_bins_are_full_and_samples_that_share_much_stay_together():
+  """Of two queries, in bins of 11 nodes."""
+  alike = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]]
+  apart = [[i, i, i, i] for i in (1, 2, 3, 4)]
+  tokens = np.array(alike + apart, np.int32)
+  bins = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
+  found = [[(p.query, p.rows.tolist(), p.start, len(p.tree)) for p in parts] for parts in bins]
+  # In the order of a dictionary, behind the prompt: 1234 and 5644 are 8 nodes, 5678 is 2 more, 5679 begins a bin.
+  assert found == [[(0, [3, 2, 0], 0, 11)], [(0, [1], 0, 5), (1, [4], 5, 5)], [(1, [5, 6], 0, 9)], [(1, [7], 0, 5)]]
+  tokens, parents, positions, ancestors = stack_bins(bins, 12)
+  assert tokens[:2].tolist() == [[2, 1, 2, 3, 4, 5, 6, 4, 4, 7, 8, 0], [2, 5, 6, 7, 9, 2, 1, 1, 1, 1, 0, 0]]
+  assert parents[:2].tolist() == [[0, 0, 1, 2, 3, 0, 5, 6, 7, 6, 9, 0], [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 0, 0]]
+  assert positions[:2].tolist() == [[0, 1, 2, 3, 4, 1, 2, 3, 4, 3, 4, 0], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]]
+  assert [np.flatnonzero(ancestors[0, node]).tolist() for node in (10, 11)] == [[0, 5, 6, 9, 10], [11]]
+  assert [np.flatnonzero(ancestors[1, node]).tolist() for node in (3, 7)] == [[0, 1, 2, 3], [5, 6, 7]]
 
 
-def test_buckets():
-  assert [bucket(n, smallest=8) for n in (0, 8, 9, 13, 17, 25, 33)] == [8, 8, 12, 16, 24, 32, 48]
+def test_a_long_prompt_does_not_stand_twice_for_a_few_tokens():
+  prompts, tokens = [np.arange(6), np.arange(6)], np.array([[1, 2], [3, 4], [5, 6]] * 2, np.int32)
+  bins = fill_bins(prompts, tokens, np.full(6, 2, np.int32), 20)
+  assert [[(p.query, len(p.rows)) for p in parts] for parts in bins] == [[(0, 3)], [(1, 3)]]
+  bins = fill_bins(prompts, tokens, np.full(6, 2, np.int32), 30)
+  assert [[(p.query, len(p.rows)) for p in parts] for parts in bins] == [[(0, 3), (1, 3)]]
 
 
-@pytest.mark.parametrize("samples_per_tree", (1, 2, 8))
-def test_scores_and_gradients_of_trees_are_those_of_rows(samples_per_tree):
+def test_sizes():
+  assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
+  assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
+  assert bin_size(20, 24) == 192 and bin_size(100, 24) == 448 and bin_size(10, 250) == 320
+
+
+@pytest.mark.parametrize("bin_nodes", (12, 30, 192))
+def test_scores_and_gradients_of_trees_are_those_of_rows(bin_nodes, monkeypatch):
   rng = np.random.default_rng(0)
   pretrained = tiny_pretrained()
   config, lora = pretrained.config, random_lora(pretrained)
@@ -96,8 +131,10 @@ def test_scores_and_gradients_of_trees_are_those_of_rows(samples_per_tree):
   chosen = inside & (rng.random((q * n, t)) < 0.8)
   allowed = np.arange(config.vocab_size) < 20
   prompt, prompt_mask = rng.integers(0, 20, (q, p)).astype(np.int32), np.arange(p) >= np.array([[0], [2]])
-  trees = build_trees(tokens, length, num_queries=q, samples_per_tree=samples_per_tree)
-  assert trees.tokens[..., 0].size == q * -(-n // samples_per_tree)
+  monkeypatch.setattr(prefix_tree, "BIN_NODES", bin_nodes)
+  monkeypatch.setattr(prefix_tree, "BIN_PROMPTS", 1)
+  trees = build_trees(prompt, prompt_mask, tokens, length)
+  assert (len(trees.tokens) == 1) == (bin_nodes == 192)
   prompt, prompt_mask, tokens, length, chosen = map(jnp.asarray, (prompt, prompt_mask, tokens, length, chosen))
   trees = jax.tree.map(jnp.asarray, trees)
   settings = dict(allowed_tokens=jnp.asarray(allowed), stop_token_id=stop, max_length=t)
@@ -106,8 +143,8 @@ def test_scores_and_gradients_of_trees_are_those_of_rows(samples_per_tree):
     return policy.score(config, pretrained.params, lora, prompt, prompt_mask, tokens, length, chosen, **settings)
 
   def by_trees(lora):
-    states = policy.node_states(config, pretrained.params, lora, prompt, prompt_mask, trees)
-    return policy.score_states(config, pretrained.params, states, trees, length, chosen, **settings)
+    states = policy.tree_states(config, pretrained.params, lora, trees)
+    return policy.score_trees(config, pretrained.params, states, trees, length, chosen, **settings)
 
   def weighted(score, lora):
     return sum((jnp.sin(jnp.arange(x.size)).reshape(x.shape) * x).sum() for x in score(lora))

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import policy, rewards
+from gfn_jax import policy, prefix_tree, rewards
 from gfn_jax.data import pad_left, pad_right, query_table
 from gfn_jax.models import load_pretrained, logits
-from gfn_jax.rewards import SAMPLES_PER_TREE, Reward, RewardModel, prefix_log_rewards, whole_log_rewards
+from gfn_jax.prefix_tree import bucket
+from gfn_jax.rewards import Reward, RewardModel, prefix_log_rewards, whole_log_rewards
 from gfn_jax.task import Task
 from gfn_jax.types import Example
 from testing import run_python, shared_folder, tiny_pretrained
@@ -198,10 +199,9 @@ def scored(model, batch):
 
 @functools.cache
 def several_queries(family):
-  """(model, allowed tokens, batch with more samples than one tree takes, expected)."""
+  """(model, allowed tokens, batch, expected)."""
   pretrained = tiny_pretrained(seed=4, family=family)
   batch = query_batch(pretrained.config.vocab_size, num_samples=40)
-  assert len(batch[2]) // len(QUERIES) > SAMPLES_PER_TREE
   assert (~batch[4]).any(axis=1).any() and (batch[3] == 0).any()  # the batch holds what it is meant to
   allowed = np.random.default_rng(5).random(pretrained.config.vocab_size) < 0.6
   allowed[np.unique(batch[2])] = True
@@ -212,14 +212,14 @@ def several_queries(family):
   "family, change",
   (
     ("gptj", {}),
-    ("gptj", {"MAX_BRANCH_TOKENS": 1}),
-    ("gpt2", {"MAX_BRANCH_TOKENS": 500}),
-    ("gptj", {"SAMPLES_PER_TREE": 5}),
+    ("gptj", {"BIN_NODES": 12}),
+    ("gptj", {"MAX_TOKENS": 1, "BIN_NODES": 40}),
+    ("gpt2", {"MAX_TOKENS": 300, "BIN_NODES": 40}),
   ),
 )
 def test_several_queries(family, change, monkeypatch):
   for name, value in change.items():
-    monkeypatch.setattr(rewards, name, value)
+    monkeypatch.setattr(prefix_tree if name == "BIN_NODES" else rewards, name, value)
   pretrained, allowed, batch, expected = several_queries(family)
   model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), allowed_tokens=allowed)
   ours = scored(model, batch)
@@ -227,19 +227,21 @@ def test_several_queries(family, change, monkeypatch):
   np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
 
 
-def test_a_call_is_as_wide_as_its_longest_prompt(monkeypatch):
-  """A tree a call: prompts of 5, 50 and 3 tokens, in calls of 32, 56 and 32."""
-  long = np.random.default_rng(7).integers(1, 69, 50).tolist()
-  monkeypatch.setitem(globals(), "QUERIES", (QUERIES[0], (long, QUERIES[1][1]), QUERIES[2]))
-  monkeypatch.setattr(rewards, "MAX_BRANCH_TOKENS", 1)
-  monkeypatch.setattr(rewards, "MAX_WIDE_QUERIES", 2)
+def test_a_call_holds_few_tokens(monkeypatch):
+  """Bins of 32 nodes, the longest prompt's four times: 60 branch tokens a call are one bin, 20,000 are all of them."""
   pretrained = tiny_pretrained(seed=4)
-  batch = query_batch(pretrained.config.vocab_size, num_samples=4)
-  model, widths = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
+  batch = query_batch(pretrained.config.vocab_size, num_samples=30)
+  expected = one_by_one(pretrained, [], batch)
+  monkeypatch.setattr(prefix_tree, "BIN_NODES", 32)
+  model, shapes = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
   score = model.score_trees
-  monkeypatch.setattr(model, "score_trees", lambda *arrays: widths.append(arrays[0].shape[-1]) or score(*arrays))
-  np.testing.assert_allclose(scored(model, batch), one_by_one(pretrained, [], batch), rtol=0, atol=1e-4)
-  assert widths == [56, 32, 32]
+  monkeypatch.setattr(model, "score_trees", lambda *arrays: shapes.append(arrays[0].shape) or score(*arrays))
+  for most in (60, 20_000):
+    monkeypatch.setattr(rewards, "MAX_TOKENS", most)
+    np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
+  *single, whole = shapes
+  assert len(single) > 2 and single == [(1, 1, 32)] * len(single)
+  assert whole == (1, bucket(len(single)), 32)
 
 
 def test_nothing_to_score():

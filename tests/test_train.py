@@ -455,10 +455,10 @@ inside = np.arange(T) < length[:, None]
 tokens = np.where(inside, rng.choice(np.flatnonzero(allowed), (Q * N, T)), 0).astype(np.int32)
 action_mask = inside & (rng.random((Q * N, T)) < 0.8)
 mask = np.arange(P) >= rng.integers(0, 3, Q)[:, None]
-batch = Batch(
-  np.where(mask, rng.integers(0, vocabulary, (Q, P)), 0).astype(np.int32), mask, np.arange(Q, dtype=np.int32), tokens,
-  length, action_mask, terminable_prefixes(length, action_mask), rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
-  build_trees(tokens, length, num_queries=Q, samples_per_tree=8),
+prompts = np.where(mask, rng.integers(0, vocabulary, (Q, P)), 0).astype(np.int32), mask
+rows = (
+  np.arange(Q, dtype=np.int32), tokens, length, action_mask, terminable_prefixes(length, action_mask),
+  rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
 )
 # An optimiser that takes no step and keeps the gradient as its state.
 keep = optax.GradientTransformation(
@@ -472,6 +472,9 @@ for loss in layouts:
   results = []
   for num_devices, micro_batches in layouts[loss]:
     devices = jax.devices()[:num_devices]
+    shares = num_devices * micro_batches
+    trees = build_trees(*prompts, tokens, length, hidden_size=1, num_shares=shares)
+    batch = Batch(*prompts, *rows, trees)
     settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False)
     step = jax.pmap(
       functools.partial(train_step, settings, keep), axis_name="data", in_axes=(None,) * 5 + (0,), out_axes=None,

@@ -16,6 +16,8 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.prefix_tree import build_tree
 from gfn_jax.types import Trajectory
 
+ROOT = np.zeros(1, np.int32)  # stands for a prompt, which is counted apart
+
 
 @dataclasses.dataclass(frozen=True)
 class Pass:
@@ -65,7 +67,7 @@ def prefixes(
   total, num_samples = Pass(), len(tokens) // len(prompt_length)
   for q, before in enumerate(prompt_length.astype(int).tolist()):
     rows = slice(q * num_samples, (q + 1) * num_samples)
-    depths = build_tree(tokens[rows], length[rows]).depths
+    depths = build_tree(ROOT, tokens[rows], length[rows]).depths[1:]
     total += Pass(len(depths), int((before + depths).sum()), int((depths < max_length).sum()))
   return total
 
@@ -90,9 +92,9 @@ def rewards(
   num_samples = len(z.tokens) // len(prompt_length)
   for q, targets in enumerate(target_length):
     rows = slice(q * num_samples, (q + 1) * num_samples)
-    tree = build_tree(z.tokens[rows], z.length[rows])
-    before, depths = context + int(prompt_length[q]), np.append(tree.depths, 0)
-    trunk += Pass(len(tree.tokens), int((before + tree.depths).sum()), len(tree.tokens))
+    tree = build_tree(ROOT, z.tokens[rows], z.length[rows])
+    before, depths, nodes = context + int(prompt_length[q]), tree.depths, len(tree) - 1
+    trunk += Pass(nodes, int(nodes * before + depths.sum()), nodes)
     ends = np.unique(tree.node_of[wanted[rows]])
     for n in (targets[targets > 0] - 1).tolist():  # the trunk scores a target's first token
       branches += Pass(n * len(ends), int((n * (before + depths[ends]) + n * (n + 1) // 2).sum()), n * len(ends))

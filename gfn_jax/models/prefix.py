@@ -74,30 +74,6 @@ def encode_prompts(
   return Prefix(context, kv, mask, positions, before + mask.sum(-1), hidden[:, -1])
 
 
-def tree_states(
-  config: ModelConfig,
-  params: dict,
-  lora: Lora | None,
-  prefix: Prefix,
-  tokens: Int[Array, "Q *K U"],
-  depths: Int[Array, "Q *K U"],
-  ancestors: Bool[Array, "Q *K W U"],
-  dropout_key: jax.Array | None = None,
-  unroll: bool = False,
-  remat: str = "none",
-) -> tuple[Float[Array, "Q *K W D"], KeyValues]:
-  """Hidden states of the W = U + 1 nodes of prefix trees (the root last), and keys and values of the first U."""
-  num_lead = tokens.ndim - 1
-  to_nodes = lambda x: x.reshape(len(tokens), *(1,) * num_lead)  # noqa: E731
-  positions = to_nodes(prefix.length) + depths - 1
-  hidden, kv = hidden_states(
-    config, params, lora, tokens, positions, ancestors[..., :-1, :], prefix.segments(num_lead), dropout_key, unroll,
-    remat,
-  )  # fmt: skip
-  root = prefix.last_hidden.reshape(len(tokens), *(1,) * num_lead, hidden.shape[-1])
-  return jnp.concatenate([hidden, jnp.broadcast_to(root, (*hidden.shape[:-2], 1, hidden.shape[-1]))], axis=-2), kv
-
-
 def without_start(mask: Bool[np.ndarray, "*lead P"], number: int) -> Bool[np.ndarray, "*lead P"]:
   """Prompts without their first `number` tokens: more of what is left-padded."""
   return mask & (mask.cumsum(-1) > number) if number else mask
