@@ -95,10 +95,10 @@ class Part:
 
 
 def bucket(n: int, smallest: int = 1) -> int:
-  """The next of the sizes ..., 8, 10, 12, 14, 16, 20, ...: every size is a program to compile."""
+  """The next of the sizes ..., 16, 18, 20, 22, ..., 32, 36, ...: every size is a program to compile."""
   if n <= smallest:
     return smallest
-  step = 1 << max(0, (n - 1).bit_length() - 3)
+  step = 1 << max(0, (n - 1).bit_length() - 4)
   return -(-n // step) * step
 
 

@@ -24,7 +24,7 @@ from gfn_jax.parallel import Devices, over_data, settled
 from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, nodes_of, stack_bins
 from gfn_jax.types import Example, Queries
 
-MAX_TOKENS = 6144  # of a pass of one device call; more bins go into further calls, one at the least
+MAX_TOKENS = 8192  # of a pass of one device call; more bins go into further calls, one at the least
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 

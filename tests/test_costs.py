@@ -52,8 +52,8 @@ def programs(config, model):
   q, n, t = 3, config.sampler.num_samples, config.sampler.max_length
   layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
   # A query is 8 + 4 * 24 nodes. Two bins of 192: one query and three samples of the next; its fourth and the third
-  # query. The first holds 97 + 73 prefixes to score, of which programs have 192.
-  g, u, m = 2, 192, 192
+  # query. The first holds 97 + 73 prefixes to score, of which programs have 176.
+  g, u, m = 2, 192, 176
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   lora_config = costs._Passes(config, Layout("wide", model, 1, 1)).lora
   lora = jax.eval_shape(lambda: init_lora(model, lora_config, jax.random.key(0)))

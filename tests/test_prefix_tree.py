@@ -75,9 +75,9 @@ def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, num_
   prompt_mask = np.arange(3) >= 3 - widths[:, None]
   prompt_tokens = np.where(prompt_mask, np.arange(queries)[:, None] + 3, 0).astype(np.int32)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(prefix_tree, "BIN_NODES", bin_nodes)
-    patch.setattr(prefix_tree, "BIN_PROMPTS", 1)
-    trees = build_trees(prompt_tokens, prompt_mask, tokens, length, num_shares=num_shares)
+    patch.setattr(prefix_tree, "MIN_NODES", bin_nodes)
+    patch.setattr(prefix_tree, "MIN_PROMPTS", 1)
+    trees = build_trees(prompt_tokens, prompt_mask, tokens, length, hidden_size=1, num_shares=num_shares)
   assert len(trees.tokens) % num_shares == 0
   bins = len(trees.tokens) // num_shares
   for row, (sample, n, nodes) in enumerate(zip(tokens.tolist(), length, trees.node_of)):
@@ -114,9 +114,10 @@ def test_a_long_prompt_does_not_stand_twice_for_a_few_tokens():
 
 
 def test_sizes():
-  assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
-  assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
-  assert bin_size(20, 24) == 192 and bin_size(100, 24) == 448 and bin_size(10, 250) == 320
+  assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 9, 13, 18, 26, 36]
+  assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 9]
+  assert [bin_size(20, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
+  assert bin_size(100, 24, 64) == 416 and bin_size(10, 250, 64) == 288
 
 
 @pytest.mark.parametrize("bin_nodes", (12, 30, 192))
@@ -131,9 +132,9 @@ def test_scores_and_gradients_of_trees_are_those_of_rows(bin_nodes, monkeypatch)
   chosen = inside & (rng.random((q * n, t)) < 0.8)
   allowed = np.arange(config.vocab_size) < 20
   prompt, prompt_mask = rng.integers(0, 20, (q, p)).astype(np.int32), np.arange(p) >= np.array([[0], [2]])
-  monkeypatch.setattr(prefix_tree, "BIN_NODES", bin_nodes)
-  monkeypatch.setattr(prefix_tree, "BIN_PROMPTS", 1)
-  trees = build_trees(prompt, prompt_mask, tokens, length)
+  monkeypatch.setattr(prefix_tree, "MIN_NODES", bin_nodes)
+  monkeypatch.setattr(prefix_tree, "MIN_PROMPTS", 1)
+  trees = build_trees(prompt, prompt_mask, tokens, length, hidden_size=1)
   assert (len(trees.tokens) == 1) == (bin_nodes == 192)
   prompt, prompt_mask, tokens, length, chosen = map(jnp.asarray, (prompt, prompt_mask, tokens, length, chosen))
   trees = jax.tree.map(jnp.asarray, trees)

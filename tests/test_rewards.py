@@ -212,14 +212,14 @@ def several_queries(family):
   "family, change",
   (
     ("gptj", {}),
-    ("gptj", {"BIN_NODES": 12}),
-    ("gptj", {"MAX_TOKENS": 1, "BIN_NODES": 40}),
-    ("gpt2", {"MAX_TOKENS": 300, "BIN_NODES": 40}),
+    ("gptj", {"MIN_NODES": 12}),
+    ("gptj", {"MAX_TOKENS": 1, "MIN_NODES": 40}),
+    ("gpt2", {"MAX_TOKENS": 300, "MIN_NODES": 40}),
   ),
 )
 def test_several_queries(family, change, monkeypatch):
   for name, value in change.items():
-    monkeypatch.setattr(prefix_tree if name == "BIN_NODES" else rewards, name, value)
+    monkeypatch.setattr(prefix_tree if name == "MIN_NODES" else rewards, name, value)
   pretrained, allowed, batch, expected = several_queries(family)
   model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), allowed_tokens=allowed)
   ours = scored(model, batch)
@@ -232,7 +232,7 @@ def test_a_call_holds_few_tokens(monkeypatch):
   pretrained = tiny_pretrained(seed=4)
   batch = query_batch(pretrained.config.vocab_size, num_samples=30)
   expected = one_by_one(pretrained, [], batch)
-  monkeypatch.setattr(prefix_tree, "BIN_NODES", 32)
+  monkeypatch.setattr(prefix_tree, "MIN_NODES", 32)
   model, shapes = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
   score = model.score_trees
   monkeypatch.setattr(model, "score_trees", lambda *arrays: shapes.append(arrays[0].shape) or score(*arrays))
