@@ -12,7 +12,7 @@ from gfn_jax import data
 from gfn_jax.config import num_micro_batches
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Lora
-from gfn_jax.prefix_tree import build_trees
+from gfn_jax.prefix_tree import bin_size, build_trees
 from gfn_jax.replay import ReplayBuffer
 from gfn_jax.sampler import Rollout
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
@@ -224,11 +224,11 @@ class Collector:
 
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
     q = self.table[query_ids]
-    trees = build_trees(
-      q.prompt_tokens, q.prompt_mask, tokens, length, hidden_size=self._model.hidden_size, num_shares=self._num_shares
-    )
+    prompts = [row[mask] for row, mask in zip(q.prompt_tokens, q.prompt_mask)]
+    size = bin_size(q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1], self._model.hidden_size)
+    trees = build_trees(prompts, tokens, length, size, self._num_shares)
     return Batch(
-      q.prompt_tokens, q.prompt_mask, query_ids.astype(np.int32), tokens, length, action_mask,
+      query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask) & ~np.isnan(log_reward), log_reward, trees,
     )  # fmt: skip
 

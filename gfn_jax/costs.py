@@ -3,9 +3,9 @@
     work = step_work(config, layout, Lengths())     # phase -> Work of one device
     {name: seconds(w, layout) for name, w in work.items()}
 
-A calculation, not a measurement. It counts what the programs compute, positions that a mask hides and what fills up a
-bin of prefix trees among it, where no two samples of a query have a prefix in common. No phase waits for another
-device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
+A calculation, not a measurement. It counts what the programs compute, positions that a mask hides and what fills up
+bins of prefix trees and calls among it, where no two samples of a query have a prefix in common. No phase waits for
+another device or overlaps with communication, and the host (the calculator, prefix trees, replay) costs nothing.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ from gfn_jax.layouts import Layout
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models.architectures import lora_targets
 from gfn_jax.models.lora import LoraConfig
-from gfn_jax.prefix_tree import bin_size, bucket, build_trees, fill_bins, nodes_of, unlike_samples
+from gfn_jax.prefix_tree import bin_size, bucket, build_trees, fill_bins, unlike_samples
 from gfn_jax.rewards import bins_of_call
 from gfn_jax.shards import shard_of, summed_bytes, summed_gradient_bytes
 
@@ -132,30 +132,29 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
 
   decode = run.forward(run.lora, rows, p + t + 1, rows, cached=fresh * p + rows * t) * t
 
-  # As `RewardModel` packs them.
-  prompts, _, tokens, length = unlike_samples(fresh, samples, p, t)
-  size = bin_size(p, t, layout.model.hidden_size)
-  bins = fill_bins(list(prompts), tokens, length, size)
-  size, behind = nodes_of(bins, size), 0  # tokens of a bin's branches
-  if y > 1:  # the trunk scores Y's first token
+  # As `RewardModel` packs and scores them.
+  largest = bin_size(p, samples, t, layout.model.hidden_size)
+  bins, size = fill_bins(*unlike_samples(fresh, samples, p, t), largest)
+  trunk, branch = Work(), Work()
+  if bins:
     scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1  # of a sample
     ends = (sum(min(len(x.tree) - p + 1, len(x.rows) * scored) for x in parts) for parts in bins)
-    behind = bucket(max(ends), smallest=8) * (y - 1)
-  of_call = min(len(bins), bins_of_call(layout.model.vocab_size, max(size, behind)))
-  nodes, behind, keys = of_call * size, of_call * behind, lengths.context + size
-  trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context)
-  branch = run.forward(None, behind, keys + y - 1, behind, cached=lengths.context + nodes) if y > 1 else Work()
-  calls = len(bins) / of_call
+    behind = bucket(max(ends), smallest=8) * (y - 1)  # tokens of a bin's branches: the trunk scores Y's first
+    of_call = bins_of_call(len(bins), 1, max(size, behind), layout.model.vocab_size)
+    nodes, behind, keys, calls = of_call * size, of_call * behind, lengths.context + size, -(-len(bins) // of_call)
+    trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context) * calls
+    if behind:
+      branch = run.forward(None, behind, keys + y - 1, behind, cached=lengths.context + nodes) * calls
 
   micro = num_micro_batches(config, layout.num_data)
-  unlike = unlike_samples(queries // micro, samples, p, t)
-  loss_bins, loss_size = build_trees(*unlike, hidden_size=layout.model.hidden_size).tokens.shape
+  trees = build_trees(*unlike_samples(queries // micro, samples, p, t), largest)
+  loss_bins, loss_size = trees.tokens.shape
   loss = run.training(loss_bins * loss_size, loss_size, loss_bins * loss_size)
   return {
     "prefill": run.forward(run.lora, fresh * p, p, fresh),
     "decode": decode,
-    "reward trunk": trunk * calls,
-    "reward branch": branch * calls,
+    "reward trunk": trunk,
+    "reward branch": branch,
     "loss, forward + backward": loss * micro + run.update(),
   }
 

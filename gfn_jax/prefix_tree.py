@@ -7,16 +7,17 @@ prompt once more.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
+from typing import Any
 
 from jaxtyping import Bool, Int
 import numpy as np
 
 from gfn_jax.types import Trees
 
-# Nodes of a bin: as many as the model is wide, within these bounds, so that attention stays a sixth of a layer's work.
-# In smaller bins more prompts stand twice.
-MIN_NODES, MAX_NODES = 192, 512
-MIN_PROMPTS = 4  # and at least so many times the longest prompt
+# Nodes of a bin: as many as the model is wide, within these bounds, so that attention stays a small part of a layer's
+# work. In smaller bins more prompts stand twice; hence at least so many of the longest, where samples take them.
+MIN_NODES, MAX_NODES, PROMPTS_OF_BIN = 192, 512, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +27,7 @@ class PrefixTree:
   Attributes:
     tokens: int [U], the last token of each node's text.
     parents: int [U]; the first node's is itself.
+    positions: int [U], tokens of the text before it.
     depths: int [U], tokens of each prefix of Z; 0 in the prompt, whose last node stands for the empty prefix.
     ancestors: bool [U, U], which nodes stand on the way to a node, itself included.
     node_of: int [N, S], the node of every prefix of every sample; past a sample's length its last one.
@@ -33,6 +35,7 @@ class PrefixTree:
 
   tokens: np.ndarray
   parents: np.ndarray
+  positions: np.ndarray
   depths: np.ndarray
   ancestors: np.ndarray
   node_of: np.ndarray
@@ -40,11 +43,6 @@ class PrefixTree:
   def __len__(self) -> int:
     """U."""
     return len(self.tokens)
-
-  @property
-  def positions(self) -> Int[np.ndarray, "U"]:
-    """Tokens of the text before each node's last."""
-    return self.ancestors.sum(-1) - 1
 
 
 def build_tree(
@@ -70,8 +68,9 @@ def build_tree(
   ancestors = np.eye(size, dtype=bool)
   for node, parent in enumerate(parents):
     ancestors[node] |= ancestors[parent]
-  depths = np.maximum(ancestors.sum(-1, dtype=np.int32) - len(prompt), 0)
-  return PrefixTree(np.array(node_tokens, np.int32), np.array(parents, np.int32), depths, ancestors, node_of)
+  positions = ancestors.sum(-1, dtype=np.int32) - 1
+  depths = np.maximum(positions - root, 0)
+  return PrefixTree(np.array(node_tokens, np.int32), np.array(parents, np.int32), positions, depths, ancestors, node_of)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,17 +94,18 @@ class Part:
 
 
 def bucket(n: int, smallest: int = 1) -> int:
-  """The next of the sizes ..., 16, 18, 20, 22, ..., 32, 36, ...: every size is a program to compile."""
+  """The next of the sizes ..., 8, 10, 12, 14, 16, 20, ...: every size is a program to compile."""
   if n <= smallest:
     return smallest
-  step = 1 << max(0, (n - 1).bit_length() - 4)
+  step = 1 << max(0, (n - 1).bit_length() - 3)
   return -(-n // step) * step
 
 
-def bin_size(longest_prompt: int, max_length: int, hidden_size: int) -> int:
-  """Nodes of a bin, where there are several: the longest prompt and sample fit one."""
+def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -> int:
+  """The most nodes of a bin, into which the longest prompt, of so many tokens, fits with a sample."""
   nodes = max(MIN_NODES, min(hidden_size, MAX_NODES))
-  return bucket(max(nodes, MIN_PROMPTS * longest_prompt, longest_prompt + max_length))
+  of_query = prompt + num_samples * max_length
+  return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
 
 def _sorted_rows(tokens: Int[np.ndarray, "N T"], length: Int[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,32 +117,64 @@ def _sorted_rows(tokens: Int[np.ndarray, "N T"], length: Int[np.ndarray, "N"]) -
   return order, length - np.concatenate([[0], common])
 
 
+def _cut(
+  prompts: Sequence[int], rows: Sequence[np.ndarray], new: Sequence[np.ndarray], length: np.ndarray, size: int
+) -> list[list[tuple[int, np.ndarray]]]:
+  """(query, rows) of the parts of bins of `size` nodes, a query after another, or [] where a row exceeds one.
+
+  Args:
+    prompts: tokens of each. rows, new: of each, as `_sorted_rows` gives them. length: of all rows.
+  """
+  bins, left = [], 0
+  for q, p in enumerate(prompts):
+    start = 0
+    while start < len(rows[q]):
+      # All of the first row is new: what it shares with the one before stands in another bin.
+      nodes = p + length[rows[q][start]] + np.cumsum(np.append(0, new[q][start + 1 :]))
+      if nodes[0] > size:
+        return []
+      if nodes[0] > left:
+        bins.append([])
+        left = size
+      fit = int(np.searchsorted(nodes, left, side="right"))
+      bins[-1].append((q, rows[q][start : start + fit]))
+      left -= int(nodes[fit - 1])
+      start += fit
+  return bins
+
+
 def fill_bins(
   prompts: Sequence[Int[np.ndarray, "_"]], tokens: Int[np.ndarray, "B T"], length: Int[np.ndarray, "B"], size: int
-) -> list[list[Part]]:
-  """The trees of the N = B / Q samples of each of Q prompts, in bins of at most `size` nodes, a query after another.
+) -> tuple[list[list[Part]], int]:
+  """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
+
+  That is `size`, or less where one or two bins then hold as much. No prompts, no bins.
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
   """
-  n, bins, left = len(tokens) // len(prompts), [], 0
-  for q, prompt in enumerate(prompts):
-    rows, new = _sorted_rows(tokens[q * n : (q + 1) * n], length[q * n : (q + 1) * n])
-    rows, p = rows + q * n, len(prompt)
-    while len(rows):
-      new[0] = length[rows[0]]  # all of the first: what it shares stands in another bin
-      nodes = p + np.cumsum(new)
-      fit = np.searchsorted(nodes, left, side="right")
-      # A prompt stands twice only for at least as many tokens of samples.
-      if not fit or (fit < len(rows) and nodes[fit - 1] < 2 * p):
-        bins.append([])
-        left = size
-        fit = np.searchsorted(nodes, left, side="right")
-      tree = build_tree(prompt, tokens[rows[:fit]], length[rows[:fit]])
-      bins[-1].append(Part(q, rows[:fit], tree, size - left))
-      left -= len(tree)
-      rows, new = rows[fit:], new[fit:]
-  return bins
+  if not prompts:
+    return [], size
+  n = len(tokens) // len(prompts)
+  by_query = [_sorted_rows(tokens[i : i + n], length[i : i + n]) for i in range(0, len(tokens), n)]
+  rows, new = [order + q * n for q, (order, _) in enumerate(by_query)], [x for _, x in by_query]
+  cut = functools.partial(_cut, list(map(len, prompts)), rows, new, length)
+  found = cut(size)
+  for eighths in {1: range(1, 8), 2: (6,)}.get(len(found), ()):  # few sizes, which are programs
+    smaller = bucket(size * eighths // 8, smallest=32)
+    again = cut(smaller)
+    if len(again) == len(found):
+      found, size = again, smaller
+      break
+  bins = []
+  for parts in found:
+    bins.append([])
+    start = 0
+    for q, own in parts:
+      tree = build_tree(prompts[q], tokens[own], length[own])
+      bins[-1].append(Part(q, own, tree, start))
+      start += len(tree)
+  return bins, size
 
 
 def stack_bins(
@@ -159,49 +191,37 @@ def stack_bins(
   return tokens, parents, positions, ancestors
 
 
-def nodes_of(bins: Sequence[Sequence[Part]], size: int) -> int:
-  """U of these bins: `size`, or for a single one that is far from full a smaller size."""
-  return min(size, bucket(max(parts[-1].end for parts in bins), smallest=32))
-
-
 def build_trees(
-  prompt_tokens: Int[np.ndarray, "Q P"],
-  prompt_mask: Bool[np.ndarray, "Q P"],
+  prompts: Sequence[Int[np.ndarray, "_"]],
   tokens: Int[np.ndarray, "B T"],
   length: Int[np.ndarray, "B"],
-  *,
-  hidden_size: int,
+  size: int,
   num_shares: int = 1,
 ) -> Trees:
   """Trees of a batch whose queries fall into `num_shares`, one after another: as many bins for each.
 
   Args:
-    hidden_size: of the model that computes them.
+    prompts, size: as of `fill_bins`.
   """
-  size = bin_size(int(prompt_mask.sum(-1).max()), tokens.shape[1], hidden_size)
-  prompts = [row[mask] for row, mask in zip(prompt_tokens, prompt_mask)]
-  num_queries, rows = len(prompts) // num_shares, len(tokens) // num_shares
-  shares = [
-    fill_bins(
-      prompts[i * num_queries : (i + 1) * num_queries], tokens[i * rows : (i + 1) * rows],
-      length[i * rows : (i + 1) * rows], size,
-    )
-    for i in range(num_shares)
-  ]  # fmt: skip
-  size = max(nodes_of(bins, size) for bins in shares)
-  most = bucket(max(map(len, shares)))
+  num_queries, num_rows = len(prompts) // num_shares, len(tokens) // num_shares
+
+  def share(i: int, size: int) -> tuple[list[list[Part]], int]:
+    own = slice(i * num_rows, (i + 1) * num_rows)
+    return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size)
+
+  shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
+  size, most = max(sizes), bucket(max(map(len, shares)))
   node_of = np.zeros((len(tokens), tokens.shape[1] + 1), np.int32)
   for i, bins in enumerate(shares):
     for g, parts in enumerate(bins):
       for part in parts:
-        node_of[i * rows + part.rows] = g * size + part.start + part.tree.node_of
+        node_of[i * num_rows + part.rows] = g * size + part.start + part.tree.node_of
   padded = [parts for bins in shares for parts in [*bins, *[[]] * (most - len(bins))]]
   return Trees(*stack_bins(padded, size), node_of)
 
 
-def unlike_samples(num_queries: int, num_samples: int, prompt: int, max_length: int) -> tuple[np.ndarray, ...]:
-  """Prompts [Q, P] with their mask, tokens [B, T] and length [B] of samples that have nothing in common: what takes
-  the most nodes."""
-  rows, mask = num_queries * num_samples, np.ones((num_queries, prompt), bool)
+def unlike_samples(num_queries: int, num_samples: int, prompt: int, max_length: int) -> tuple[list, Any, Any]:
+  """Prompts, tokens [B, T] and length [B] of samples that have nothing in common: what takes the most nodes."""
+  rows = num_queries * num_samples
   tokens = np.arange(rows * max_length, dtype=np.int32).reshape(rows, max_length)
-  return np.zeros(mask.shape, np.int32), mask, tokens, np.full(rows, max_length, np.int32)
+  return [np.zeros(prompt, np.int32)] * num_queries, tokens, np.full(rows, max_length, np.int32)

@@ -21,16 +21,18 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import context_segment, encode_context, masked_log_softmax, without_start
 from gfn_jax.parallel import Devices, over_data, settled
-from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, nodes_of, stack_bins
+from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, stack_bins
 from gfn_jax.types import Example, Queries
 
 MAX_TOKENS = 8192  # of a pass of one device call; more bins go into further calls, one at the least
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 
-def bins_of_call(vocab_size: int, tokens: int) -> int:
-  """The most bins that a device scores at once, where a pass has so many `tokens` of each."""
-  return max(1, min(MAX_TOKENS, MAX_LOGITS // vocab_size) // tokens)
+def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int) -> int:
+  """How many bins a device scores in each of even calls, where a pass has so many `tokens` of a bin."""
+  most = max(1, min(MAX_TOKENS, MAX_LOGITS // vocab_size) // tokens)
+  of_device = -(-num_bins // num_devices)
+  return min(most, bucket(-(-of_device // -(-of_device // most))))
 
 
 def _score_trees(
@@ -160,21 +162,20 @@ class RewardModel:
     self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
   ) -> tuple[np.ndarray, np.ndarray]:
     """What a call returns, of this process's queries alone."""
+    # A prompt that the context stands for altogether keeps its last token, which predicts Z.
     prompts = [row[mask] if mask.any() else row[-1:] for row, mask in zip(prompt_tokens, prompt_mask)]
-    size = bin_size(max(map(len, prompts)), tokens.shape[1], self._config.hidden_size)
-    bins = fill_bins(prompts, tokens, length, size)
-    # Each target behind every node that is wanted: [parts][nodes, L].
+    size = bin_size(prompt_tokens.shape[1], num_samples, tokens.shape[1], self._config.hidden_size)
+    bins, size = fill_bins(prompts, tokens, length, size)
+    # Each target behind every node that is wanted: [bins][parts][nodes].
     ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
     num_targets, width = target_tokens.shape[1:]
-    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8)
-    size = nodes_of(bins, size)
-    fitting = bins_of_call(self._config.vocab_size, max(size, branches * (width - 1)))
-    devices = len(self._devices)
-    needed = -(-len(bins) // devices)
-    per_device = min(fitting, bucket(-(-needed // -(-needed // fitting))))
-
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
+    if not bins:
+      return log_p_prefix, log_p_target
+    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8)
+    devices = len(self._devices)
+    per_device = bins_of_call(len(bins), devices, max(size, branches * (width - 1)), self._config.vocab_size)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)

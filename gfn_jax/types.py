@@ -3,10 +3,10 @@
   B  trajectories, grouped by query: B = Q * N        Q  queries        N  samples of a query
   P  prompt tokens (left-padded)                      T  generated tokens (right-padded)
   S  prefixes of a trajectory: S = T + 1, the empty one first. T and S are never mixed
-  G  bins of prefix trees                             U  nodes of a bin
+  G  bins of prefix trees                             U  nodes of a bin, or of a tree
   Y  target tokens                                    L  targets of a query: Y itself, then its rivals
   C  context tokens (demonstrations)                  V  vocabulary
-  D  devices
+  M  branches of a bin: a target behind a prefix      D  devices
 
 Masks are bool and True keeps. Every `log_` quantity is in nats. Fields are arrays of NumPy or JAX.
 """
@@ -171,18 +171,15 @@ class Batch:
   """What one training step learns from. Leading axis Q (queries) or B = Q * N (rows, grouped by query).
 
   Attributes:
-    prompt_tokens: int [Q, P], left-padded; prompt_mask: bool [Q, P].
     query_ids: int [Q], rows of the training set.
     tokens, length, action_mask: as in `Trajectory`.
     terminable: bool [B, S], the prefixes that enter the objective: of those where stopping is possible, the ones that
       have been scored.
     log_reward_untempered: float [B, S].
-    trees: of the trajectories' prefixes.
+    trees: of the trajectories' prefixes, behind their prompts.
     acts: of policy-gradient methods alone.
   """
 
-  prompt_tokens: Any
-  prompt_mask: Any
   query_ids: Any
   tokens: Any
   length: Any

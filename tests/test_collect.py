@@ -35,9 +35,10 @@ def make_collector(prompts, rows):
   return collector
 
 
-def rows_of(batch):
+def rows_of(batch, collector):
   """(prompt, demonstration) of each row."""
-  texts = [bytes(t[m].tolist()).decode() for t, m in zip(batch.prompt_tokens, batch.prompt_mask)]
+  queries = collector.table[batch.query_ids]
+  texts = [bytes(t[m].tolist()).decode() for t, m in zip(queries.prompt_tokens, queries.prompt_mask)]
   together = len(batch.tokens) // len(texts)
   return [(texts[row // together], int(z[0])) for row, z in enumerate(batch.tokens)]
 
@@ -57,8 +58,8 @@ def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompt
   collector = make_collector(prompts, rows)
   for step in range(5):
     batch, _ = collector({}, step, KEY)
-    assert len(batch.prompt_tokens) == num_prompts and len(batch.tokens) == rows
-    found = rows_of(batch)
+    assert len(batch.query_ids) == num_prompts and len(batch.tokens) == rows
+    found = rows_of(batch, collector)
     assert all(prompts[z] == prompt for prompt, z in found)
     together = rows // num_prompts
     for begin in range(0, rows, together):
@@ -70,13 +71,14 @@ def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompt
 def test_rows_that_are_drawn_alone_are_as_likely_as_one_another():
   """As an M-step's samples are, however often one reason comes back."""
   collector = make_collector("aaaaaaab", 8)
-  counts = np.bincount([z for step in range(50) for _, z in rows_of(collector({}, step, KEY)[0])], minlength=8)
+  drawn = [z for step in range(50) for _, z in rows_of(collector({}, step, KEY)[0], collector)]
+  counts = np.bincount(drawn, minlength=8)
   assert (counts == 50).all()  # without replacement
 
 
 def test_every_demonstration_has_its_turn():
   collector = make_collector("aaaabbbb", 4)
-  seen = {z for step in range(40) for _, z in rows_of(collector({}, step, KEY)[0])}
+  seen = {z for step in range(40) for _, z in rows_of(collector({}, step, KEY)[0], collector)}
   assert seen == set(range(8))
 
 

@@ -112,8 +112,8 @@ def learn(loss_name, num_steps, *, min_length=0, with_tool=False, temperature=No
     for row, t in np.argwhere(terminable):
       log_reward_untempered[row, t] = reward_of[zs[row][:t]]  # KeyError: not a string of the tree
     batch = Batch(
-      prompt_tokens, prompt_mask, np.zeros(2, np.int32), z.tokens, z.length, z.action_mask, terminable,
-      log_reward_untempered, build_trees(prompt_tokens, prompt_mask, z.tokens, z.length, hidden_size=1),
+      np.zeros(2, np.int32), z.tokens, z.length, z.action_mask, terminable,
+      log_reward_untempered, build_trees(list(prompt_tokens), z.tokens, z.length, 192),
     )  # fmt: skip
     state, metrics = update(params, allowed, jnp.float32(1.0), key, state, split(batch, jax.local_devices()[:1]))
   learned = scored(pretrained, state.trained["lora"], PROMPT, every)

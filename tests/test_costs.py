@@ -51,9 +51,9 @@ def programs(config, model):
   p, c, y = LENGTHS.prompt, LENGTHS.context, LENGTHS.target
   q, n, t = 3, config.sampler.num_samples, config.sampler.max_length
   layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
-  # A query is 8 + 4 * 24 nodes. Two bins of 192: one query and three samples of the next; its fourth and the third
-  # query. The first holds 97 + 73 prefixes to score, of which programs have 176.
-  g, u, m = 2, 192, 176
+  # A query is 8 + 4 * 24 nodes: two bins of 160 hold one each and half of a third. Each has 97 + 49 prefixes to score,
+  # of which programs have 160.
+  g, u, m = 2, 160, 160
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   lora_config = costs._Passes(config, Layout("wide", model, 1, 1)).lora
   lora = jax.eval_shape(lambda: init_lora(model, lora_config, jax.random.key(0)))
@@ -266,6 +266,10 @@ def test_work_follows_the_config():
   whole = costs.step_work(config, layout, Lengths())
   assert whole["reward branch"].flops == pytest.approx(some["reward branch"].flops / 4, rel=0.2)
   config.loss.name = "subtb"
+  config.behavior.buffer, config.behavior.tempered = 1.0, 0.0  # all is replayed
+  replayed = costs.step_work(config, layout, Lengths())
+  assert replayed["reward trunk"] == Work() and replayed[LOSS] == one[LOSS]
+  config = arith.get_config("paper")
   no_target = costs.step_work(config, layout, Lengths(target=1))
   assert no_target["reward branch"] == Work()
 

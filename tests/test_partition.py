@@ -189,12 +189,11 @@ allowed[stop] = True
 length = rng.integers(0, T + 1, Q * N).astype(np.int32)
 inside = np.arange(T) < length[:, None]
 tokens = np.where(inside, rng.choice(np.flatnonzero(allowed), (Q * N, T)), 0).astype(np.int32)
-mask = np.arange(P) >= rng.integers(0, 3, Q)[:, None]
-prompts = np.where(mask, rng.integers(0, 72, (Q, P)), 0).astype(np.int32), mask
+prompts = [rng.integers(0, 72, n).astype(np.int32) for n in rng.integers(3, P + 1, Q)]
 batch = Batch(
-  *prompts, np.arange(Q, dtype=np.int32), tokens, length, inside, terminable_prefixes(length, inside),
+  np.arange(Q, dtype=np.int32), tokens, length, inside, terminable_prefixes(length, inside),
   rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
-  build_trees(*prompts, tokens, length, hidden_size=1, num_shares=Q),
+  build_trees(prompts, tokens, length, 192, Q),
 )
 optimizer = make_optimizer(config)
 

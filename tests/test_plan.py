@@ -254,11 +254,11 @@ state = jax.device_put(state, tree_shardings(model, mesh, state))
 rng = np.random.default_rng(0)
 tokens, length = rng.integers(0, V, (Q * N, T)).astype(np.int32), np.full(Q * N, T, np.int32)
 chosen = np.ones((Q * N, T), bool)
-prompts = rng.integers(0, V, (Q, P)).astype(np.int32), np.ones((Q, P), bool)
+prompts = list(rng.integers(0, V, (Q, P)).astype(np.int32))
 batch = Batch(
-  *prompts, np.arange(Q, dtype=np.int32), tokens, length, chosen,
+  np.arange(Q, dtype=np.int32), tokens, length, chosen,
   terminable_prefixes(length, chosen), rng.normal(-200, 3, (Q * N, T + 1)).astype(np.float32),
-  build_trees(*prompts, tokens, length, hidden_size=D, num_shares=Q),
+  build_trees(prompts, tokens, length, 512, Q),
 )
 held = [sum(s.data.nbytes for x in jax.tree.leaves(params) for s in x.addressable_shards if s.device == d)
         for d in jax.devices()]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import policy, prefix_tree
+from gfn_jax import policy
 from gfn_jax.prefix_tree import bin_size, bucket, build_tree, build_trees, fill_bins, stack_bins
 from testing import random_lora, tiny_pretrained
 
@@ -67,23 +67,18 @@ def text_at(trees, first, node):
 
 
 @settings(max_examples=100, deadline=None)
-@given(samples(), st.integers(1, 3), st.integers(1, 2), st.integers(1, 40))
-def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, num_shares, bin_nodes):
+@given(samples(), st.integers(1, 3), st.integers(1, 2), st.integers(0, 40))
+def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, num_shares, room):
   queries = num_queries * num_shares
   tokens, length = (np.concatenate([x] * queries) for x in case)
-  widths = 1 + np.arange(queries) % 3
-  prompt_mask = np.arange(3) >= 3 - widths[:, None]
-  prompt_tokens = np.where(prompt_mask, np.arange(queries)[:, None] + 3, 0).astype(np.int32)
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(prefix_tree, "MIN_NODES", bin_nodes)
-    patch.setattr(prefix_tree, "MIN_PROMPTS", 1)
-    trees = build_trees(prompt_tokens, prompt_mask, tokens, length, hidden_size=1, num_shares=num_shares)
+  prompts = [np.full(1 + q % 3, q + 3, np.int32) for q in range(queries)]
+  trees = build_trees(prompts, tokens, length, 3 + tokens.shape[1] + room, num_shares)
   assert len(trees.tokens) % num_shares == 0
   bins = len(trees.tokens) // num_shares
   for row, (sample, n, nodes) in enumerate(zip(tokens.tolist(), length, trees.node_of)):
     query = row // len(case[0])
     first = query // num_queries * bins
-    prompt = tuple(prompt_tokens[query][prompt_mask[query]].tolist())
+    prompt = tuple(prompts[query].tolist())
     for t, node in enumerate(nodes):
       assert text_at(trees, first, node) == prompt + tuple(sample[: min(t, n)])
 
@@ -93,7 +88,8 @@ def test_bins_are_full_and_samples_that_share_much_stay_together():
   alike = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]]
   apart = [[i, i, i, i] for i in (1, 2, 3, 4)]
   tokens = np.array(alike + apart, np.int32)
-  bins = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
+  bins, size = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
+  assert size == 11
   found = [[(p.query, p.rows.tolist(), p.start, len(p.tree)) for p in parts] for parts in bins]
   # In the order of a dictionary, behind the prompt: 1234 and 5644 are 8 nodes, 5678 is 2 more, 5679 begins a bin.
   assert found == [[(0, [3, 2, 0], 0, 11)], [(0, [1], 0, 5), (1, [4], 5, 5)], [(1, [5, 6], 0, 9)], [(1, [7], 0, 5)]]
@@ -105,23 +101,27 @@ def test_bins_are_full_and_samples_that_share_much_stay_together():
   assert [np.flatnonzero(ancestors[1, node]).tolist() for node in (3, 7)] == [[0, 1, 2, 3], [5, 6, 7]]
 
 
-def test_a_long_prompt_does_not_stand_twice_for_a_few_tokens():
-  prompts, tokens = [np.arange(6), np.arange(6)], np.array([[1, 2], [3, 4], [5, 6]] * 2, np.int32)
-  bins = fill_bins(prompts, tokens, np.full(6, 2, np.int32), 20)
-  assert [[(p.query, len(p.rows)) for p in parts] for parts in bins] == [[(0, 3)], [(1, 3)]]
-  bins = fill_bins(prompts, tokens, np.full(6, 2, np.int32), 30)
-  assert [[(p.query, len(p.rows)) for p in parts] for parts in bins] == [[(0, 3), (1, 3)]]
+def test_one_or_two_bins_are_no_larger_than_they_must():
+  prompts, tokens, length = [np.arange(6)] * 2, np.array([[1, 2], [3, 4], [5, 6]] * 2, np.int32), np.full(6, 2)
+  for size, num_bins, used in ((512, 1, 64), (320, 1, 40), (64, 1, 32), (14, 2, 14)):
+    bins, found = fill_bins(prompts, tokens, length, size)
+    assert (len(bins), found) == (num_bins, used), size
+  tokens = np.arange(80, dtype=np.int32).reshape(40, 2)  # 80 nodes in two bins of 6 + 40, with a prompt twice
+  bins, found = fill_bins([np.arange(6)], tokens, np.full(40, 2, np.int32), 64)
+  assert (len(bins), found) == (2, 48)
+  assert fill_bins([], tokens[:0], length[:0], 64) == ([], 64)
 
 
 def test_sizes():
-  assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 9, 13, 18, 26, 36]
-  assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 9]
-  assert [bin_size(20, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
-  assert bin_size(100, 24, 64) == 416 and bin_size(10, 250, 64) == 288
+  assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
+  assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
+  assert [bin_size(20, 8, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
+  # Four long prompts; a query altogether; a prompt with a sample.
+  assert [bin_size(*sizes, 64) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]
 
 
-@pytest.mark.parametrize("bin_nodes", (12, 30, 192))
-def test_scores_and_gradients_of_trees_are_those_of_rows(bin_nodes, monkeypatch):
+@pytest.mark.parametrize("size", (12, 30, 192))
+def test_scores_and_gradients_of_trees_are_those_of_rows(size):
   rng = np.random.default_rng(0)
   pretrained = tiny_pretrained()
   config, lora = pretrained.config, random_lora(pretrained)
@@ -132,10 +132,8 @@ def test_scores_and_gradients_of_trees_are_those_of_rows(bin_nodes, monkeypatch)
   chosen = inside & (rng.random((q * n, t)) < 0.8)
   allowed = np.arange(config.vocab_size) < 20
   prompt, prompt_mask = rng.integers(0, 20, (q, p)).astype(np.int32), np.arange(p) >= np.array([[0], [2]])
-  monkeypatch.setattr(prefix_tree, "MIN_NODES", bin_nodes)
-  monkeypatch.setattr(prefix_tree, "MIN_PROMPTS", 1)
-  trees = build_trees(prompt, prompt_mask, tokens, length, hidden_size=1)
-  assert (len(trees.tokens) == 1) == (bin_nodes == 192)
+  trees = build_trees([row[mask] for row, mask in zip(prompt, prompt_mask)], tokens, length, size)
+  assert (len(trees.tokens) == 1) == (size == 192)
   prompt, prompt_mask, tokens, length, chosen = map(jnp.asarray, (prompt, prompt_mask, tokens, length, chosen))
   trees = jax.tree.map(jnp.asarray, trees)
   settings = dict(allowed_tokens=jnp.asarray(allowed), stop_token_id=stop, max_length=t)

@@ -244,6 +244,17 @@ def test_a_call_holds_few_tokens(monkeypatch):
   assert whole == (1, bucket(len(single)), 32)
 
 
+def test_no_queries():
+  """As a process has them whose share of a step's queries is none."""
+  _, _, tokens, length, terminable, target, target_mask = query_batch(72, num_samples=2)
+  model = RewardModel(tiny_pretrained(), context=np.zeros(0, np.int32))
+  nothing = np.zeros((0, 5), np.int32)
+  found = model._score_queries(
+    2, nothing, nothing.astype(bool), tokens[:0], length[:0], terminable[:0], target[:0], target_mask[:0]
+  )
+  assert [x.shape for x in found] == [(0, 5), (0, 5, 1)]
+
+
 def test_nothing_to_score():
   pretrained = tiny_pretrained()
   batch = list(query_batch(pretrained.config.vocab_size, num_samples=2))

@@ -454,8 +454,7 @@ length = rng.integers(0, T + 1, Q * N).astype(np.int32)
 inside = np.arange(T) < length[:, None]
 tokens = np.where(inside, rng.choice(np.flatnonzero(allowed), (Q * N, T)), 0).astype(np.int32)
 action_mask = inside & (rng.random((Q * N, T)) < 0.8)
-mask = np.arange(P) >= rng.integers(0, 3, Q)[:, None]
-prompts = np.where(mask, rng.integers(0, vocabulary, (Q, P)), 0).astype(np.int32), mask
+prompts = [rng.integers(0, vocabulary, n).astype(np.int32) for n in rng.integers(3, P + 1, Q)]
 rows = (
   np.arange(Q, dtype=np.int32), tokens, length, action_mask, terminable_prefixes(length, action_mask),
   rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
@@ -473,8 +472,8 @@ for loss in layouts:
   for num_devices, micro_batches in layouts[loss]:
     devices = jax.devices()[:num_devices]
     shares = num_devices * micro_batches
-    trees = build_trees(*prompts, tokens, length, hidden_size=1, num_shares=shares)
-    batch = Batch(*prompts, *rows, trees)
+    trees = build_trees(prompts, tokens, length, 192, shares)
+    batch = Batch(*rows, trees)
     settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False)
     step = jax.pmap(
       functools.partial(train_step, settings, keep), axis_name="data", in_axes=(None,) * 5 + (0,), out_axes=None,

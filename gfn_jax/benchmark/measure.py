@@ -169,7 +169,8 @@ class PhaseTimer:
       self._count_sampling(found, sum(call.trips for call in rounds))
       self._count_reward(found["reward"])
     parts, batch = self._run.parts, self._batch
-    prompt, tokens = batch.prompt_mask.sum(-1).ravel(), batch.tokens.reshape(-1, batch.tokens.shape[-1])
+    prompt = self._run.collector.table[np.ravel(batch.query_ids)].prompt_mask.sum(-1)
+    tokens = batch.tokens.reshape(-1, batch.tokens.shape[-1])
     learned = work.prompts(prompt)
     learned += work.prefixes(prompt, tokens, batch.length.ravel(), parts.config.sampler.max_length)
     found["loss and update"]["flops_by_hand"] = learned.with_gradient(parts.pretrained.config, self._steps.lora)
