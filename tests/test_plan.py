@@ -166,7 +166,7 @@ def test_bytes_are_those_of_the_compiled_step():
   # The step, and counts: of AdamW, of its schedule, and of the Adams that log_partition and a critic would have.
   assert memory.state == 3 * adapter + 4 * 5
   assert memory.total == memory.params + memory.state + memory.gradients + memory.temporaries
-  batch = plan.abstract_batch(config, 8)
+  batch = plan.abstract_batch(config, model, 1, 8)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
   analysis = compiled.memory_analysis()
   # The vocabulary's mask and the temperature are arguments too; not used are dropout's key, a tb loss's query_ids, and
