@@ -116,8 +116,8 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   """Phase -> what one device does in it, in a step of method "gfn" in which all that can be replayed is.
 
   Every sample is as long as it can be and decoded in one round: calls of a tool, for which rows wait, add trips that
-  read the weights again. Rewards are those of an LM; log p(Z), where a config has it, is a
-  pass of its own, and rival targets are more branches: neither is counted.
+  read the weights again. Rewards are those of an LM; log p(Z), where a config has it, is a pass of its own, and rival
+  targets are more branches: neither is counted.
 
   Args:
     config: of the run; its lora.targets fit the model. A split of the model is the same in all phases.
