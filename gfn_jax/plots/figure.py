@@ -28,6 +28,6 @@ def figure(
     path = to_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-      fig.savefig(temporary, dpi=120, format="png")
+      fig.savefig(temporary, dpi=120, format="png", bbox_inches="tight")  # a legend may be wider than the axes
   finally:
     plt.close(fig)
