@@ -102,10 +102,10 @@ class MetricsWriter:
     try:
       self.publish()
     finally:
+      if self._wandb is not None:
+        self._wandb.finish()  # sends what stands in the folder
       if self._copy is not None:
         self._copy.cleanup()
-      if self._wandb is not None:
-        self._wandb.finish()
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One JSON line, its TensorBoard scalars, and what Weights & Biases is told."""

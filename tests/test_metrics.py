@@ -1,9 +1,11 @@
 """What a run tells Weights & Biases; the other writers are tested with the runs that use them."""
 
+import pathlib
 import sys
 import types
 
 import pytest
+from etils import epath
 
 from gfn_jax.metrics import MetricsWriter, read_jsonl
 
@@ -16,6 +18,7 @@ class FakeRun:
     self.logged.append((step, values))
 
   def finish(self):
+    assert pathlib.Path(self.settings["dir"]).exists()  # what it has still to send stands there
     self.finished = True
 
 
@@ -42,6 +45,13 @@ def test_wandb_gets_what_the_files_get_and_one_run_over_all_sessions(tmp_path, r
   assert first == second and first["resume"] == "allow" and first["id"]
   assert (first["project"], first["config"], first["name"]) == ("mine", {"seed": 3}, tmp_path.name)
   assert all(r.finished for r in runs)
+
+
+def test_wandb_finishes_before_its_folder_goes(tmp_path, runs):
+  (tmp_path / "tensorboard").mkdir()  # which a bucket does not need
+  with MetricsWriter(epath.Path(tmp_path), 0, 1, wandb_project="mine"):
+    pass
+  assert runs[0].finished and not pathlib.Path(runs[0].settings["dir"]).exists()
 
 
 def test_without_a_project_nobody_is_told(tmp_path, runs):
