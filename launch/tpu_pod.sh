@@ -159,7 +159,7 @@ quote() {
 }
 
 run() {
-  local command id code
+  local command id code part can_be_set_up=0
   command=$(quote "$@")
   id=$(date +%s)-$$
   if ((dry_run)); then
@@ -170,21 +170,33 @@ run() {
   fi
   while true; do
     await_active
-    code=0
-    { setup && on_workers all "bash gfn_jax/launch/tpu_worker.sh run $id-$restarts $command"; } || code=$?
-    ((code == 0 || code == 2)) || say "exit code $code: is $name preempted?"
+    code=0 part=setup
+    if setup; then
+      part=command can_be_set_up=1
+      on_workers all "bash gfn_jax/launch/tpu_worker.sh run $id-$restarts $command" || code=$?
+    else
+      code=$?
+    fi
+    [[ $part-$code == command-[02] ]] || say "exit code $code: is $name preempted?"
     if ((code == 0)); then
       say "finished; the pod costs money until: launch/tpu_pod.sh delete --name=$name --zone=$zone"
       return
-    elif ((code == 2)) && [[ $(status) == ACTIVE ]]; then # bad input, which no pod changes
+    elif [[ $part-$code == command-2 && $(status) == ACTIVE ]]; then # bad input, which no pod changes
       exit 2
     elif is_active; then
-      case $code in
-        75) count_restart "a worker was told to end, and the command has saved" ;;
-        255) count_restart "the connection is lost" ;;
-        *)
+      case $part-$code in
+        *-255) count_restart "the connection is lost" ;;
+        command-75) count_restart "a worker was told to end, and the command has saved" ;;
+        command-*)
           say "no: the command itself ended so"
           exit "$code"
+          ;;
+        setup-*)
+          ((can_be_set_up)) || {
+            say "no: setup ended so, and the command was not run"
+            exit "$code"
+          }
+          count_restart "setup failed, which has worked before" # as where a package index is gone for a minute
           ;;
       esac
     fi

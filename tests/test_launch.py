@@ -348,6 +348,22 @@ def test_a_command_that_was_told_to_end_on_a_pod_that_stands_goes_on(machines):
   assert len(commands_run(machines.gcloud())) == 2
 
 
+@pytest.mark.parametrize("code", [1, 2])
+def test_a_setup_that_fails(machines, code):
+  """The first time it is the user's mistake; what has worked is tried again."""
+  machines.plan(list=["ACTIVE"], scp=[0], ssh=[code])
+  done = machines.run()
+  assert done.returncode == code and done.stderr.endswith(
+    f"exit code {code}: is gfn preempted?\ntpu_pod.sh: no: setup ended so, and the command was not run\n"
+  )
+  assert not commands_run(machines.gcloud())
+  machines.plan(list=["ACTIVE"], scp=[0], ssh=[0, 255, code, 0, 0])
+  done = machines.run()
+  assert done.returncode == 0, done.stderr
+  assert "setup failed, which has worked before: restart 2 of at most 20" in done.stderr
+  assert len(commands_run(machines.gcloud())) == 2
+
+
 def test_bad_input_is_believed_of_a_pod_that_stands(machines):
   """A process that meets no others, since the pod is going, ends as one whose input is bad."""
   machines.plan(list=["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "ACTIVE"], scp=[0], ssh=[0, 2, 0, 0])
