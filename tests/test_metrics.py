@@ -4,8 +4,8 @@ import pathlib
 import sys
 import types
 
-import pytest
 from etils import epath
+import pytest
 
 from gfn_jax.metrics import MetricsWriter, read_jsonl
 
