@@ -74,8 +74,9 @@ def get_config(variant: str = ""):
   return config
 
 
-def sweep(name: str) -> list[tuple[str, dict]]:
+def sweep(name: str, variant: str = "") -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  del variant  # of this config, at which the fields are the same
   sweeps = {
     "fig3": [("", fields) for fields in grid({"reward.temperature_end": (0.8, 0.85, 0.875, 0.9, 0.95), "seed": SEEDS})],
   }

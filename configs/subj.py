@@ -83,8 +83,9 @@ def get_config(variant: str = ""):
   return config
 
 
-def sweep(name: str) -> list[tuple[str, dict]]:
+def sweep(name: str, variant: str = "") -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
+  del variant  # of this config, at which the fields are the same
   labels = grid({"subj.num_labels": (10, 20, 50), "seed": SEEDS})
   sweeps = {
     "table3": [(variant, fields) for variant in ("", "sft") for fields in labels],

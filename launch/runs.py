@@ -60,7 +60,7 @@ def resolve(config_file: str, name: str, variant: str = "", common: dict[str, An
   """The runs of a sweep, each of them checked.
 
   Args:
-    config_file: with a function `sweep`.
+    config_file: with a function `sweep(name, variant)`.
     name: of the sweep.
     variant: in place of the default one.
     common: fields of all runs.
@@ -71,7 +71,7 @@ def resolve(config_file: str, name: str, variant: str = "", common: dict[str, An
   common = common or {}
   get_config = load_named(f"{config_file}:get_config")
   runs = {}
-  for own, overrides in load_named(f"{config_file}:sweep")(name):
+  for own, overrides in load_named(f"{config_file}:sweep")(name, variant):
     if both := overrides.keys() & common.keys():
       raise ValueError(f"--config.{min(both)}: sweep {name!r} sets it itself")
     folder = run_name(own, overrides)

@@ -73,6 +73,18 @@ def test_the_tables_of_the_paper_are_listed():
   assert Counter(run.config.variant for run in of_paper) == {"paper": 9, "paper_sft": 9}
 
 
+def test_at_the_papers_size_baselines_have_the_papers_settings():
+  """And not those that were chosen for the embedded LM."""
+  runs = resolve(str(REPOSITORY / "configs" / "arith.py"), "table4", "paper")
+  found = {run.config.method: (run.config.train.learning_rate, run.config.train.num_steps) for run in runs}
+  assert found == {"gfn": (1e-4, 1000), "sft": (1e-4, 10), "ppo": (1e-4, 1000), "grpo": (1e-4, 1000)}
+  assert {run.config.ppo.kl_coefficient for run in runs} == {0.2}
+  runs = resolve(str(REPOSITORY / "configs" / "infill.py"), "table2", "paper")
+  of_sft = next(run.config for run in runs if run.config.method == "sft")
+  assert of_sft.train.num_queries * of_sft.sampler.num_samples == 256
+  assert (of_sft.train.num_steps, of_sft.train.learning_rate) == (35, 1e-4)
+
+
 def test_every_method_is_tuned_by_nine_trials_on_problems_that_no_table_is_made_of():
   runs = [fields for _, fields in importlib.import_module("configs.arith").sweep("tuning")]
   assert Counter(fields["method"] for fields in runs) == dict.fromkeys(METHODS, 9)
@@ -99,7 +111,7 @@ def config_file(tmp_path):
     "from configs.arith import get_config\n"
     "SWEEPS = {'two': [('', {'seed': 0}), ('', {'seed': 1})], 'same': [('', {'seed': 0})] * 2,\n"
     "  'variants': [('smoke', {})], 'wrong': [('', {'eval.num_votes': 0})]}\n"
-    "def sweep(name):\n  return SWEEPS[name]\n"
+    "def sweep(name, variant):\n  return SWEEPS[name]\n"
   )
   return str(file)
 
