@@ -38,9 +38,9 @@ def get_config(variant: str = ""):
   config = base_config()
   config.name, config.variant, config.task = "arith", variant, "arith"
   config.sampler.min_length, config.sampler.max_length = 5, 24
-  # A small model needs a larger, decaying rate than GPT-J; 1e-3 or more makes it forget five operands, on which it is
-  # not trained. Milder tempering of the behaviour; little annealing below 1, which makes the loss spike and costs the
-  # 5-operand case; and more queries of fewer samples.
+  # A small model needs a larger, decaying rate than GPT-J (at 2e-3 it forgets some of five operands, on which it is not
+  # trained); milder tempering of the behaviour; little annealing below 1, at which the loss spikes; and more queries of
+  # fewer samples.
   config.lora.alpha = 64.0
   config.train.num_queries, config.sampler.num_samples = 16, 8
   config.train.num_steps, config.train.learning_rate, config.train.decay_steps = 250, 5e-4, 250

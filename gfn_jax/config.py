@@ -326,6 +326,10 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     f"config.sampler.num_samples {s.num_samples}: method 'grpo' compares the samples of a query, and needs at least 2",
   )
   _require(
+    config.method != "sft" or config.replay.seed_from == "demonstrations",
+    f"config.replay.seed_from {config.replay.seed_from!r}: method 'sft' learns from 'demonstrations'",
+  )
+  _require(
     not config.em.num_rounds or config.method == "gfn",
     f"config.em.num_rounds {config.em.num_rounds}: its rounds fit a sampler, method 'gfn'; with {config.method!r} it "
     "must be 0",

@@ -23,7 +23,7 @@ from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
-from gfn_jax.files import Path, write_text
+from gfn_jax.files import Path, is_remote, write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
@@ -50,7 +50,7 @@ def m_step(config: ml_collections.ConfigDict, rationales: Path, max_length: int)
   with step.unlocked():
     step.method, step.em.num_rounds, step.em.rationales_path = "sft", 0, os.fspath(rationales)
     step.lora.init_from = step.reward.adapter = None
-    step.sampler.max_length, step.sampler.num_samples = max_length, 1
+    step.sampler.min_length, step.sampler.max_length, step.sampler.num_samples = 0, max_length, 1
     step.train.num_queries = em.batch_size
     step.train.micro_batch_queries = math.gcd(em.batch_size * config.mesh.model // jax.device_count(), MICRO_BATCH)
     step.train.num_steps, step.train.learning_rate = em.num_steps, em.learning_rate
@@ -115,9 +115,21 @@ def evaluate_pair(
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
 
-def _read(path: Path, config: ml_collections.ConfigDict) -> Mapping[str, float]:
+def _read(path: Path) -> Mapping[str, float]:
   results = json.loads(path.read_text())
-  return {k: v for k, v in results.items() if k.startswith(f"{config.task}/")}
+  return {k: v for k, v in results.items() if not k.startswith(("meta/", "time/"))}
+
+
+def _require_same_steps(config: ml_collections.ConfigDict, workdir: Path) -> None:
+  """Raises ValueError where reasons were drawn from a q of fewer or more steps, which M-steps have learned from."""
+  if not any(workdir.glob("round*/rationales.jsonl")):
+    return
+  before = json.loads((workdir / "config.json").read_text())["config"]["train.num_steps"]
+  if before != config.train.num_steps:
+    raise ValueError(
+      f"config.train.num_steps {config.train.num_steps}: workdir {os.fspath(workdir)!r} holds rounds of {before} steps "
+      "and LMs that have learned from their reasons: choose another workdir"
+    )
 
 
 def run(config: ml_collections.ConfigDict, workdir: str | os.PathLike) -> int:
@@ -141,9 +153,12 @@ def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preempti
   validate(config, num_shares(config.mesh.model))
   require_abilities(config)
   workdir = contract.prepare(config, workdir)
+  # Steps' configs name files of other steps: by paths that are the same whatever the folder is called.
+  workdir = workdir if is_remote(workdir) else workdir.absolute()
   if contract.finished_steps(workdir) >= config.train.num_steps:
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")
     return 0
+  _require_same_steps(config, workdir)
   contract.write_config(workdir, config, devices)
   adapter, results = None, {}
   for index in range(config.em.num_rounds):
@@ -160,7 +175,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preempti
       return code
     adapter = folder / "m" / "adapter"
     pair = evaluate_pair(config, sampler, adapter, preemption.check)
-    found = dict(_read(folder / "e" / "results.json", config)) | pair
+    found = dict(_read(folder / "e" / "results.json")) | pair
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   if distributed.is_first():
     contract.write_results(workdir / "results.json", config, results, time.time() - started)

@@ -17,15 +17,18 @@ class Selection:
 
   Args:
     settings: config.train. metric: what evaluations call the spread; lower is better.
+    first_step: evaluations before it are of another reward temperature than the last, and do not count: their spreads
+      do not compare (that of a base at T = 1 may well be 0).
 
   Attributes:
     best_step: of the best evaluation; None before the first.
   """
 
-  def __init__(self, settings: Any, workdir: Path, metric: str):
+  def __init__(self, settings: Any, workdir: Path, metric: str, first_step: int):
     self._keeps_best, self._patience, self._metric = settings.keep == "best", settings.patience, metric
-    self._folder = workdir / "best"
-    self._history = [(r["step"], r[metric]) for r in read_jsonl(workdir / "metrics.jsonl") if metric in r]
+    self._folder, self._first_step = workdir / "best", first_step
+    records = read_jsonl(workdir / "metrics.jsonl")
+    self._history = [(r["step"], r[metric]) for r in records if metric in r and r["step"] >= first_step]
 
   @property
   def best_step(self) -> int | None:
@@ -43,10 +46,12 @@ class Selection:
         f"config.train.keep and patience go by {self._metric}, which is {value} at step {step}: "
         "they need held-out queries, and a step that samples some"
       )
-    if math.isfinite(value):
-      self._history.append((step, value))
+    if not math.isfinite(value) or step < self._first_step:
+      return
+    self._history.append((step, value))
+    # A folder each: a run that is killed and goes on from before this step may not come to the same best.
     if self._keeps_best and self.best_step == step and distributed.is_first():
-      save_adapter(self._folder, lora, pretrained)
+      save_adapter(self._folder / str(step), lora, pretrained)
 
   def is_over(self) -> bool:
     """Whether the last `patience` evaluations were no better than one before them."""
@@ -58,4 +63,4 @@ class Selection:
   def load(self, pretrained: Pretrained) -> Lora:
     """The best evaluation's adapter."""
     distributed.wait_for_all("the best adapter")
-    return load_adapter(self._folder, pretrained)
+    return load_adapter(self._folder / str(self.best_step), pretrained)

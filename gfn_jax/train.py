@@ -61,6 +61,12 @@ def reward_temperature(config: ml_collections.ConfigDict, step: int) -> float:
   return c.temperature_start + share * (c.temperature_end - c.temperature_start)
 
 
+def _annealed_step(config: ml_collections.ConfigDict) -> int:
+  """The first step at the last reward temperature of the run."""
+  c = config.reward
+  return 0 if c.temperature_start == c.temperature_end else min(c.temperature_horizon, config.train.num_steps)
+
+
 def starting_adapter(config: ml_collections.ConfigDict, pretrained: Pretrained) -> Lora:
   """A fresh adapter, or that of config.lora.init_from.
 
@@ -259,7 +265,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
     _open_writer(config, workdir, first_step) as writer,
     StepProfiler(config.profile and distributed.is_first(), workdir / "profile") as profiler,
   ):
-    selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance")
+    selection = Selection(config.train, workdir, f"{task.name}/validation/log_ratio_variance", _annealed_step(config))
     log = StepLog(writer, first_step, config.train.num_steps, config.train.log_every, rows_per_step)
 
     def save() -> None:
@@ -308,11 +314,11 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
 
       # 6. The final evaluation, the adapter, the report.
       final_temperature = reward_temperature(config, config.train.num_steps)
-      lora = state.trained["lora"]
+      lora, learned_steps = state.trained["lora"], int(state.step)
       if config.train.keep == "best":
-        values, _ = suite.validate(lora, final_temperature, key(data.EVALUATE, int(state.step)), preemption.check)
-        selection.consider(int(state.step), values, lora, pretrained)
-        lora = place(selection.load(pretrained), devices)
+        values, _ = suite.validate(lora, final_temperature, key(data.EVALUATE, learned_steps), preemption.check)
+        selection.consider(learned_steps, values, lora, pretrained)
+        lora, learned_steps = place(selection.load(pretrained), devices), selection.best_step
         writer.say(f"the best evaluation was after step {selection.best_step}")
       if distributed.is_first():
         save_adapter(workdir / "adapter", jax.tree.map(np.asarray, lora), pretrained)
@@ -323,7 +329,9 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
       )
       log.evaluation(config.train.num_steps, results, samples)
       if distributed.is_first():
-        contract.write_model_card(workdir, config, pretrained, results, task.reward_text(config))
+        contract.write_model_card(
+          workdir, config, pretrained, results, task.reward_text(config), final_temperature, learned_steps
+        )
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       checkpoints.wait()
       save()

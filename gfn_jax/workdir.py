@@ -130,11 +130,17 @@ def write_model_card(
   pretrained: Pretrained,
   results: Mapping[str, float],
   reward: str,
+  reward_temperature: float,
+  num_steps: int,
 ) -> None:
-  """adapter/README.md: base, task, `reward` in words, seed, and how close the policy is to the posterior."""
+  """adapter/README.md: base, task, `reward` in words, seed, and how close the policy is to the posterior.
+
+  Args:
+    reward_temperature: at the end of training, at which it was measured. num_steps: that the adapter has learned for.
+  """
   rows = "\n".join(f"| `{k}` | {v:.4g} |" for k, v in sorted(results.items()) if k.split("/")[1] == config.method)
   kind, aim = {
-    "gfn": ("GFlowNet", f"samples Z in proportion to R(Z)^(1/{config.reward.temperature_end:g}),"),
+    "gfn": ("GFlowNet", f"samples Z in proportion to R(Z)^(1/{reward_temperature:g}),"),
     "sft": ("supervised", "imitates the demonstrations; it was measured by"),
   }.get(config.method, (config.method.upper(), "seeks the largest reward,"))
   objective = config.loss.name if config.method == "gfn" else config.method
@@ -148,7 +154,7 @@ tags: [{kind.lower()}, lora, {config.task}]
 
 A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that {aim}
 R(Z) = {reward}.
-Loss {objective}, {config.train.num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
+Loss {objective}, {num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
 
 Licence: that of the base model, {pretrained.licence}.
 

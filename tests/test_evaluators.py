@@ -5,9 +5,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs import arith
 from gfn_jax.evaluators import accuracy, posterior
 from gfn_jax.evaluators.evaluator import Evaluator, Parts
 from gfn_jax.evaluators.posterior import posterior_quality
+from gfn_jax.experiment import build
 from gfn_jax.sampler import Sampler
 from gfn_jax.task import Task
 from gfn_jax.types import Example, Trajectory
@@ -192,3 +194,13 @@ class Queried:
 
   def __getitem__(self, index):
     return Queried(self.index[index])
+
+
+@pytest.mark.parametrize(
+  "name, needed", {"reasons": "labels", "histogram": "number_tokens", "sentences": "config.next_sentence"}.items()
+)
+def test_an_evaluator_of_another_task_is_refused_before_anything_runs(name, needed):
+  config = arith.get_config("smoke")
+  config.eval.test_evaluators = (name,)
+  with pytest.raises(ValueError, match=f"evaluator '{name}' .* does not fit the task 'arith', without {needed}$"):
+    build(config, jax.local_devices()[:1])

@@ -9,6 +9,7 @@ import pytest
 
 from configs import rng
 from gfn_jax import em
+from gfn_jax.config import validate
 from gfn_jax.evaluators.labels import average, top_reasons, vote
 from gfn_jax.models import load_pretrained
 from gfn_jax.tasks import require_abilities
@@ -168,3 +169,20 @@ def test_steps_of_a_round_differ_as_they_should():
   assert (step.method, step.em.rationales_path, step.sampler.max_length) == ("sft", "/r.jsonl", 12)
   assert step.train.num_steps == whole.em.num_steps and step.train.learning_rate == whole.em.learning_rate
   assert whole.method == "gfn" and whole.em.rationales_path is None  # the whole is left as it was
+  whole.sampler.min_length = 3
+  validate(em.m_step(whole, pathlib.Path("/r.jsonl"), 2), 1)  # whose labels may be shorter
+
+
+def test_rounds_of_other_steps_are_not_mixed(tmp_path):
+  import importlib
+
+  config = importlib.import_module("configs.subj").get_config("smoke")
+  (tmp_path / "config.json").write_text(json.dumps({"config": {"train.num_steps": config.train.num_steps}}))
+  config.train.num_steps += 1
+  em._require_same_steps(config, tmp_path)  # nothing has learned from q yet
+  (tmp_path / "round0").mkdir()
+  (tmp_path / "round0" / "rationales.jsonl").touch()
+  with pytest.raises(ValueError, match="config.train.num_steps 5: workdir .* holds rounds of 4 steps"):
+    em._require_same_steps(config, tmp_path)
+  config.train.num_steps -= 1
+  em._require_same_steps(config, tmp_path)

@@ -371,6 +371,18 @@ def test_a_task_without_a_table_in_the_paper(tmp_path):
   assert row_of(markdown, "GFlowNet fine-tuning")[:2] == ["-1.5 (1)", "0.5 (1)"]
 
 
+@pytest.mark.parametrize("task", ["configs.six_words:SixWordsTask", "configs/six_words.py:SixWordsTask"])
+def test_a_task_of_ones_own(task, tmp_path):
+  """Its keys begin with its name, which config.task is not."""
+  run = make_run(tmp_path / "a", {"gfn/right": 0.25}, task="six_words")
+  record = json.loads((run / "config.json").read_text())
+  record["config"]["task"] = task
+  (run / "config.json").write_text(json.dumps(record))
+  written = write_report([run], tmp_path / "report")
+  assert row_of((tmp_path / "report" / "report.md").read_text(), "GFlowNet fine-tuning")[0] == "0.25 (1)"
+  assert tmp_path / "report" / "six_words.csv" in written
+
+
 def numbers(method, *probabilities):
   return [
     {"method": method, "X": "a number: ", "Z": str(n), "log_q": log(p), "log_R": log(0.5)}

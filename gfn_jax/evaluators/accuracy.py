@@ -16,6 +16,8 @@ SHOWN = 20  # problems of a kind whose samples are recorded
 class Accuracy(Evaluator):
   """Samples config.eval.num_votes rationales a problem, takes the majority answer (`task.predict`), and compares."""
 
+  needs = ("predict",)
+
   def __init__(self, parts, context=(), draws=None):
     super().__init__(parts, context, draws)
     self._draw = self._sampler().draw

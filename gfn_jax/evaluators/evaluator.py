@@ -64,8 +64,11 @@ class Evaluator:
     draws: shared with the other evaluators behind this context; None for none.
 
   Attributes:
+    needs: what it reads beyond `Task`: attributes of the task, and sections of the config as "config.rng".
     samples: what the last call leaves for samples.jsonl.
   """
+
+  needs: tuple[str, ...] = ()
 
   def __init__(self, parts: Parts, context: Sequence[int] = (), draws: Draws | None = None):
     self._parts, self._context, self.samples = parts, list(context), []

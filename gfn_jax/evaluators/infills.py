@@ -18,6 +18,8 @@ SHOWN = 4  # stories whose first infill is recorded
 class Infills(Evaluator):
   """Draws config.eval.num_votes sentences a story, and compares them with the story's own."""
 
+  needs = ("config.infill",)
+
   def __init__(self, parts, context=(), draws=None):
     super().__init__(parts, context, draws)
     c = parts.config.infill

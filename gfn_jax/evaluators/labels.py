@@ -42,6 +42,8 @@ class Reasons(Evaluator):
   The policy is not told the label.
   """
 
+  needs = ("labels", "config.subj")
+
   def __init__(self, parts, context=(), draws=None):
     super().__init__(parts, context, draws)
     self._draw = self._sampler(max_length=parts.config.sampler.max_length).draw
@@ -115,6 +117,8 @@ def top_reasons(texts: Sequence[str], labels: np.ndarray, names: Sequence[str]) 
 
 class Direct(Evaluator):
   """The label that is likeliest behind the prompt itself: prompting, and supervised fine-tuning."""
+
+  needs = ("labels", "config.subj")
 
   def __call__(
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None

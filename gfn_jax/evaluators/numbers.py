@@ -48,6 +48,8 @@ def distances(log_q: Float[np.ndarray, "K"], log_p: Float[np.ndarray, "K"]) -> d
 class Numbers(Evaluator):
   """Exact: no sampling error. `samples` has a record a number."""
 
+  needs = ("number_tokens",)
+
   def __call__(
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> Iterator[tuple[str, float]]:
@@ -64,6 +66,8 @@ class Numbers(Evaluator):
 
 class Histogram(Evaluator):
   """config.eval.num_votes samples (the paper: 512,000), counted; what the paper estimates its KL from."""
+
+  needs = ("number_tokens",)
 
   SAMPLES_PER_CALL = 1024
 

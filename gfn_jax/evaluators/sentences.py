@@ -24,6 +24,8 @@ class Sentences(Evaluator):
   prompts.
   """
 
+  needs = ("config.next_sentence",)
+
   def __init__(self, parts, context=(), draws=None):
     super().__init__(parts, context, draws)
     self._encoder = None if parts.config.eval.encoder is None else load_encoder(parts.config.eval.encoder)

@@ -50,7 +50,7 @@ class Suite:
   Problems are loaded here: bad files show early.
 
   Raises:
-    ValueError: an unknown evaluator, or problems that do not fit the model.
+    ValueError: an evaluator that is unknown or does not fit the task, or problems that do not fit the model.
   """
 
   def __init__(self, parts: Parts):
@@ -60,6 +60,10 @@ class Suite:
     for name in sum(self._names, ()):
       if name not in EVALUATORS:
         raise ValueError(f"evaluator {name!r} of config.eval is unknown: choose from {', '.join(EVALUATORS)}")
+      for needed in EVALUATORS[name].needs:
+        has = needed.removeprefix("config.") in config if needed.startswith("config.") else hasattr(task, needed)
+        if not has:
+          raise ValueError(f"evaluator {name!r} of config.eval does not fit the task {task.name!r}, without {needed}")
     self._validation = task.validation_examples(config.eval.num_validation)
     held_out = {"test": task.test_examples, "validation": task.validation_examples}
     self._test = held_out[config.eval.split](config.eval.num_test)

@@ -21,6 +21,7 @@ class Run:
 
   Attributes:
     folder: its workdir.
+    task: its name, as in `results`.
     config: dotted field -> value.
     results: `<task>/<method>/<metric>[/<slice>]` -> value; `step_seconds` among them, the median of the steps.
     commit: of the source tree that ran; `devices`: what they were, "1 x cpu".
@@ -30,6 +31,7 @@ class Run:
   """
 
   folder: Path
+  task: str
   config: Mapping[str, Any]
   results: Mapping[str, float]
   commit: str
@@ -37,10 +39,6 @@ class Run:
   sweep: str | None = None
   sweep_command: str | None = None
   varied: tuple[str, ...] = ()
-
-  @property
-  def task(self) -> str:
-    return self.config["task"]
 
   @property
   def method(self) -> str:
@@ -99,13 +97,15 @@ def _read_run(workdir: Path, of_sweep: Mapping[str, Any]) -> Run | None:
     raise ValueError(f"{workdir / 'config.json'} is damaged: it has no {missing[0]!r}")
   if results.get("meta/num_steps", math.inf) < config.get("train.num_steps", 0):
     return None  # it goes on for more steps than these results are of
-  values = {k: float(v) for k, v in results.items() if k.startswith(f"{config['task']}/") and not _OF_A_ROUND.search(k)}
+  measured = {k: v for k, v in results.items() if not k.startswith(("meta/", "time/"))}
+  values = {k: float(v) for k, v in measured.items() if not _OF_A_ROUND.search(k)}
+  task = next(iter(values), config["name"]).partition("/")[0]  # config.task may be a file and a class
   seconds = [r["step_seconds"] for r in read_jsonl(workdir / "metrics.jsonl") if "step_seconds" in r]
   if seconds:
-    values[f"{config['task']}/{config['method']}/step_seconds"] = statistics.median(seconds)
+    values[f"{task}/{config['method']}/step_seconds"] = statistics.median(seconds)
   devices = record.get("devices", [])
   # Older files have the devices' names alone: "cpu:0".
   kinds = record.get("device_kinds") or sorted({d.partition(":")[0] for d in devices})
   return Run(
-    workdir, config, values, record.get("commit", "unknown"), f"{len(devices)} x {', '.join(kinds)}", **of_sweep
+    workdir, task, config, values, record.get("commit", "unknown"), f"{len(devices)} x {', '.join(kinds)}", **of_sweep
   )
