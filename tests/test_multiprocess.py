@@ -15,12 +15,11 @@ import time
 import pytest
 
 from gfn_jax.metrics import read_jsonl
-from testing import REPOSITORY
+from testing import QUICK_COMPILATION, REPOSITORY
 
 pytestmark = pytest.mark.timeout(2700)
 
 NUM_STEPS = 20
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 def environment(devices, **more):

@@ -12,13 +12,6 @@ from gfn_jax.models.partition import check_split, largest_split, parameter_spec,
 from gfn_jax.parallel import make_mesh
 from testing import FAMILIES, random_lora, run_python, tiny_hf_config, tiny_pretrained
 
-# Seconds of compilation for milliseconds of computation would be a bad trade.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-QUICKLY = f"""
-import os
-os.environ["XLA_FLAGS"] += " {QUICK_COMPILATION}"
-"""
-
 
 def tiny(family="llama", **fields):
   return read_config(tiny_hf_config(family, vocab_size=72, **fields))
@@ -112,9 +105,7 @@ def test_trees_of_parameters_are_found_by_their_paths():
   assert specs["count"].spec == P()
 
 
-LOAD = (
-  QUICKLY
-  + """
+LOAD = """
 import dataclasses, sys, tempfile
 import flax.traverse_util, jax, numpy as np
 from gfn_jax.models import load_pretrained, logits, save_pretrained
@@ -155,7 +146,6 @@ for family in FAMILIES:
     np.testing.assert_allclose(ours[mask], theirs[mask], rtol=0, atol=1e-5 * np.abs(theirs[mask]).max())
     print(family)
 """
-)
 
 
 def test_each_shard_is_loaded_where_it_belongs_and_computes_the_same():
@@ -163,9 +153,7 @@ def test_each_shard_is_loaded_where_it_belongs_and_computes_the_same():
   assert set(out.split()) == set(FAMILIES)
 
 
-STEP = (
-  QUICKLY
-  + """
+STEP = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from configs import arith
@@ -233,7 +221,6 @@ assert_same(two_steps(4, 2, remat="full"), one)
 assert_same(two_steps(2, 2), one)  # one share of the data alone
 print("same")
 """
-)
 
 
 @pytest.mark.parametrize(

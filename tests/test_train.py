@@ -23,7 +23,7 @@ from gfn_jax.datasets.expressions import question, split_of
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 from gfn_jax.metrics import MetricsWriter, StepLog, read_jsonl
 from gfn_jax.models import load_adapter, load_pretrained
-from testing import REPOSITORY, damage_checkpoint, run_python
+from testing import QUICK_COMPILATION, REPOSITORY, damage_checkpoint, run_python
 
 # Minutes in all on an idle machine; a busy one must not fail them.
 pytestmark = pytest.mark.timeout(2700)
@@ -39,8 +39,6 @@ STEP_KEYS = {
 TIMES = {"trajectories_per_second", "step_seconds"}
 NUM_STEPS = 4
 
-# Seconds of compilation for milliseconds of computation would be a bad trade.
-QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
 
 @pytest.fixture(scope="module")
@@ -430,12 +428,7 @@ def test_profile_writes_a_trace(other_losses):
   assert not (other_losses / "db" / "profile").exists()
 
 
-TRAIN_STEP = (
-  f"""
-import os
-os.environ["XLA_FLAGS"] += " {QUICK_COMPILATION}"
-"""
-  + """
+TRAIN_STEP = """
 import functools
 import jax, jax.numpy as jnp, numpy as np, optax
 from testing import random_lora, tiny_pretrained
@@ -496,7 +489,6 @@ for loss in layouts:
     assert metrics["loss"] > 0.01
   print(loss, results[0][1]["loss"])
 """
-)
 
 
 @pytest.mark.slow

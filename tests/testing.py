@@ -19,6 +19,9 @@ from gfn_jax.models import Lora, LoraConfig, Pretrained, init_lora
 from gfn_jax.models.architectures import lora_targets, read_config
 from gfn_jax.models.decoder import init_params
 
+# Seconds of compilation for milliseconds of computation would be a bad trade.
+QUICK_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 REPOSITORY = pathlib.Path(__file__).resolve().parent.parent
 
 _ALPHABET = "0123456789+-=,. ?:" + "".join(sorted(set("QuestionAnswerTheansweris")))
@@ -48,7 +51,7 @@ def run_python(code: str, devices: int | None = None, timeout: float = 300, cwd:
   paths = [str(REPOSITORY), str(REPOSITORY / "tests"), os.environ.get("PYTHONPATH", "")]
   env = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p), "JAX_PLATFORMS": "cpu"}
   if devices is not None:
-    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices}"
+    env["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={devices} {QUICK_COMPILATION}"
   done = subprocess.run(
     [sys.executable, "-c", code], env=env, cwd=cwd or REPOSITORY, capture_output=True, text=True, timeout=timeout
   )
@@ -59,7 +62,6 @@ def run_python(code: str, devices: int | None = None, timeout: float = 300, cwd:
 # Most of a process's time goes into imports: made once, then a fork runs each command line as `python -m` would.
 _FORKS = """
 import json, os, runpy, sys, tempfile
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")  # it compiles quickly
 import gfn_jax.evaluate, gfn_jax.generate, gfn_jax.pretrain, gfn_jax.train, tensorflow_datasets, transformers
 for module in ("gfn_jax.main", "gfn_jax.evaluate", "gfn_jax.generate", "gfn_jax.pretrain"):
   sys.modules.pop(module, None)
