@@ -12,6 +12,6 @@ checked = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float
 # Before anything imports gfn_jax: from here on its annotations are checked, shapes included.
 install_import_hook("gfn_jax", "conftest.checked")
 
-from testing import QUICK_COMPILATION  # noqa: E402: it imports gfn_jax
+from testing import QUICK_COMPILATION  # noqa: E402
 
 os.environ.setdefault("XLA_FLAGS", QUICK_COMPILATION)  # read when JAX first looks for devices

@@ -54,7 +54,7 @@ def test_a_forward_pass_is_what_xla_counts(family, adapted):
   assert hand == pytest.approx(xla_flops(call, pretrained.params, lora, jnp.zeros((ROWS, TOKENS), jnp.int32)), rel=0.15)
 
 
-@pytest.mark.parametrize("family", WIDE)
+@pytest.mark.parametrize("family", ["llama", pytest.param("gptj", marks=pytest.mark.slow)])
 def test_a_gradient_is_what_xla_counts(family):
   pretrained = tiny_pretrained(family=family, **WIDE[family])
   model, length = pretrained.config, jnp.full(ROWS, TOKENS)

@@ -270,7 +270,8 @@ def test_shared_segments_equal_full_forwards(family, adapter):
     np.testing.assert_allclose(ours, full, rtol=0, atol=5e-5)
 
 
-@pytest.mark.parametrize("family", ("gptj", "gpt2", "mistral"))  # the last with groups of queries and a window
+# The last has groups of queries and a window.
+@pytest.mark.parametrize("family", (pytest.param("gptj", marks=pytest.mark.slow), "gpt2", "mistral"))
 def test_gradients_through_shared_segments(family):
   pretrained = tiny_pretrained(family=family)
   lora = random_lora(pretrained)
