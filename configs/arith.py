@@ -119,7 +119,7 @@ def sweep(name: str, variant: str = "") -> list[tuple[str, dict]]:
     "table_e3": [("", fields) for fields in grid({"data.num_seed_rationales": (0, 10, 25, 50), "seed": SEEDS})],
     "objectives": [("", fields) for fields in grid({"loss.name": ("subtb", "tb", "vargrad", "db"), "seed": SEEDS})],
     "staleness": [("", fields) for fields in grid({"train.max_staleness": (0, 1), "seed": SEEDS})],
-    # Nothing shows the frozen LM how to reason, so that its reward prefers a repeated question to steps (Table E.4).
+    # Nothing shows the frozen LM how to reason: a repeated question is nearly as good to it as steps (Table E.4).
     "misspecified": [
       ("", fields | settings[fields["method"]])
       for fields in grid({"reward.num_demonstrations": (0,), "method": ("gfn", "ppo", "grpo"), "seed": SEEDS})
