@@ -9,7 +9,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from gfn_jax import distributed
-from gfn_jax.files import is_remote, reason, to_path
+from gfn_jax.files import absolute, reason, to_path
 
 
 class Checkpoints:
@@ -18,8 +18,7 @@ class Checkpoints:
   def __init__(self, folder: str | os.PathLike, keep: int | None):
     """`keep`: how many of the newest to keep; None for all."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-    folder = to_path(folder)
-    self._folder = folder if is_remote(folder) else folder.absolute()
+    self._folder = absolute(to_path(folder))
     self._manager = ocp.CheckpointManager(self._folder, options=options)
 
   def save(self, step: int, state: Any, replay: dict[str, np.ndarray]) -> None:

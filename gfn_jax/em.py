@@ -9,7 +9,7 @@ A round is two runs of `train`, each of which can be interrupted and goes on:
 The evaluation after each M-step samples reasons from q and concludes with the fine-tuned LM.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 import json
 import math
 import os
@@ -23,11 +23,11 @@ from gfn_jax import workdir as contract
 from gfn_jax.config import validate
 from gfn_jax.evaluators.kept import KeptRows
 from gfn_jax.experiment import build
-from gfn_jax.files import Path, is_remote, write_text
+from gfn_jax.files import Path, absolute, write_text
 from gfn_jax.models import load_adapter
 from gfn_jax.parallel import all_devices, num_shares, place
 from gfn_jax.preemption import EXIT_CODE, Preempted, Preemption
-from gfn_jax.results import results_table
+from gfn_jax.results import measured, results_table
 from gfn_jax.task import Task
 from gfn_jax.tasks import require_abilities
 from gfn_jax.train import reward_temperature, train
@@ -115,11 +115,6 @@ def evaluate_pair(
   return {k.replace(f"/{config.method}/", f"/{config.method}_sft/", 1): v for k, v in results.items()}
 
 
-def _read(path: Path) -> Mapping[str, float]:
-  results = json.loads(path.read_text())
-  return {k: v for k, v in results.items() if not k.startswith(("meta/", "time/"))}
-
-
 def _require_same_steps(config: ml_collections.ConfigDict, workdir: Path) -> None:
   """Raises ValueError where reasons were drawn from a q of fewer or more steps, which M-steps have learned from."""
   if not any(workdir.glob("round*/rationales.jsonl")):
@@ -153,8 +148,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preempti
   validate(config, num_shares(config.mesh.model))
   require_abilities(config)
   workdir = contract.prepare(config, workdir)
-  # Steps' configs name files of other steps: by paths that are the same whatever the folder is called.
-  workdir = workdir if is_remote(workdir) else workdir.absolute()
+  workdir = absolute(workdir)  # steps' configs name files of other steps, and must not depend on how it was spelled
   if contract.finished_steps(workdir) >= config.train.num_steps:
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")
     return 0
@@ -175,7 +169,7 @@ def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preempti
       return code
     adapter = folder / "m" / "adapter"
     pair = evaluate_pair(config, sampler, adapter, preemption.check)
-    found = dict(_read(folder / "e" / "results.json")) | pair
+    found = measured(json.loads((folder / "e" / "results.json").read_text())) | pair
     results |= found | {f"{k}/round{index}": v for k, v in found.items()}
   if distributed.is_first():
     contract.write_results(workdir / "results.json", config, results, time.time() - started)

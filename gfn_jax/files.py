@@ -46,6 +46,11 @@ def is_remote(path: Path) -> bool:
   return isinstance(path, epath.Path)
 
 
+def absolute(path: Path) -> Path:
+  """The path that does not depend on the working directory; a URL as it is."""
+  return path if is_remote(path) else path.absolute()
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
   """A temporary file, of this machine, to write to; what was written takes the place of `path` at the end."""

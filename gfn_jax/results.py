@@ -1,6 +1,7 @@
-"""A run's results as a person reads them at its end."""
+"""What a run has measured, and as a person reads it at its end."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 
@@ -15,6 +16,11 @@ def label(method: str) -> str:
   if method.startswith("base_") and method not in LABELS:
     return f"base, {method.removeprefix('base_').replace('shot', '')} demonstrations"
   return LABELS.get(method, method)
+
+
+def measured(results: Mapping[str, Any]) -> dict[str, float]:
+  """`<task>/...` of results.json, without meta/ and time/."""
+  return {k: v for k, v in results.items() if not k.startswith(("meta/", "time/"))}
 
 
 PER_CENT = ("accuracy", "valid_mass", "histogram/valid_share")  # shares that a table shows in per cent

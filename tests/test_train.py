@@ -40,7 +40,6 @@ TIMES = {"trajectories_per_second", "step_seconds"}
 NUM_STEPS = 4
 
 
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
   """A folder of workdirs, with what all runs share beside them."""

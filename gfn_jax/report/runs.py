@@ -11,6 +11,7 @@ from typing import Any
 
 from gfn_jax.files import Path, is_remote, read_json, to_path
 from gfn_jax.metrics import read_jsonl
+from gfn_jax.results import measured
 
 _OF_A_ROUND = re.compile(r"/round\d+$")  # expectation-maximisation repeats the last round's keys without it
 
@@ -97,8 +98,7 @@ def _read_run(workdir: Path, of_sweep: Mapping[str, Any]) -> Run | None:
     raise ValueError(f"{workdir / 'config.json'} is damaged: it has no {missing[0]!r}")
   if results.get("meta/num_steps", math.inf) < config.get("train.num_steps", 0):
     return None  # it goes on for more steps than these results are of
-  measured = {k: v for k, v in results.items() if not k.startswith(("meta/", "time/"))}
-  values = {k: float(v) for k, v in measured.items() if not _OF_A_ROUND.search(k)}
+  values = {k: float(v) for k, v in measured(results).items() if not _OF_A_ROUND.search(k)}
   task = next(iter(values), config["name"]).partition("/")[0]  # config.task may be a file and a class
   seconds = [r["step_seconds"] for r in read_jsonl(workdir / "metrics.jsonl") if "step_seconds" in r]
   if seconds:
