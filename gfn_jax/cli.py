@@ -48,6 +48,16 @@ def fail(message: object) -> None:
   sys.exit(USAGE_EXIT_CODE)
 
 
+def _unknown_field(error: Exception, argv: Sequence[str]) -> str | None:
+  """What to say of a --config.field that the config lacks; None where `error` is another slip."""
+  while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError, or does not
+    error = error.args[0]
+  name, _, hint = str(error.args[0] if error.args else "").partition("\n")
+  of_config = (a.partition("=")[0] for a in argv if re.match(r"--?config\.", a))
+  flag = next((f for f in of_config if name.strip("'") in f.split(".")), None)
+  return f"{flag}: the config has no {name}. {hint}" if isinstance(error, KeyError) and flag else None
+
+
 def _parse(argv: Sequence[str], needs_config: bool, takes_arguments: bool) -> list[str]:
   """Parses the flags and reads the config, so that every slip in them shows here."""
   if "--version" in argv:
@@ -68,7 +78,10 @@ def _parse(argv: Sequence[str], needs_config: bool, takes_arguments: bool) -> li
     _ = "config" in flags.FLAGS and flags.FLAGS["config"].value  # ml_collections runs the file here
   except Exception as e:  # the config file is the user's own code: it may raise whatever it likes
     text = str(e.args[0] if isinstance(e, KeyError) and e.args else e)
-    if not isinstance(e, (flags.Error, ValueError, KeyError)):
+    unknown = _unknown_field(e, argv)
+    if unknown:
+      text = unknown
+    elif not isinstance(e, (flags.Error, ValueError, KeyError)):
       text = f"{config_file}: {type(e).__name__}: {text}"
     if "Traceback (most recent call last)" in text:  # of get_config, in ml_collections' message
       text = f"{config_file}: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"

@@ -75,8 +75,11 @@ CASES = {
   "config file with an unknown name": (["--config={}/unknown_name.py"], ["unknown_name.py: NameError", "'x'"]),
   "config file that returns something else": (["--config={}/list.py"], ["list", "ConfigDict"]),
   "config of another program": (["--config=configs/pretrain_arith.py"], ["no config of a run", "lacks config."]),
-  "unknown field": ([ARITH, "--config.train.num_step=3"], ["num_step", 'Did you mean "num_steps"']),
-  "unknown section": ([ARITH, "--config.trian.num_steps=3"], ["trian", "train"]),
+  "unknown field": (
+    [ARITH, "--config.train.num_step=3"], ["--config.train.num_step: the config has no", 'Did you mean "num_steps"'],
+  ),
+  "unknown section": ([ARITH, "--config.trian.num_steps=3"], ["--config.trian.num_steps: the config has no 'trian'"]),
+  "unknown field of another name": ([ARITH, "--config.nothing=3"], ["--config.nothing: the config has no 'nothing'"]),
   "value of a wrong type": ([ARITH, "--config.train.num_steps=many"], ["num_steps", "many"]),
   "unknown flag": ([ARITH, "--workdr=x"], ["workdr"]),
   "an argument too many": ([ARITH, "configs"], ["'configs'"]),
