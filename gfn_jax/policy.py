@@ -11,13 +11,15 @@ from jaxtyping import Array, Bool, Float, Int
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import causal_mask, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import encode_prompts, masked_log_softmax
+from gfn_jax.models.prefix import encode_prompts, masked_logits
 from gfn_jax.types import Trees
 
 
-def action_log_probs(logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array, "V"]) -> Float[Array, "*lead V"]:
-  """log q(. | z_<t) in nats: float32, renormalised over the allowed tokens and the stop token among them."""
-  return masked_log_softmax(logits, allowed_tokens)
+def action_logits(
+  logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array, "V"]
+) -> tuple[Float[Array, "*lead V"], Float[Array, "*lead 1"]]:
+  """log q(. | z_<t) = the first less the second: nats, float32, over the allowed tokens, of which the stop is one."""
+  return masked_logits(logits, allowed_tokens)
 
 
 def tree_states(
@@ -67,10 +69,11 @@ def score_trees(
   max_length: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
   """`score`, from the states of `tree_states`."""
-  log_probs = action_log_probs(output_logits(config, params, states), allowed_tokens)
+  logits, log_z = action_logits(output_logits(config, params, states), allowed_tokens)
   bins = jnp.arange(len(trees.tokens))[:, None]
-  log_step = log_probs[bins, trees.parents, trees.tokens]  # from its parent to each node
-  log_pf, log_pterm = of_prefixes(log_step, trees)[:, 1:], of_prefixes(log_probs[..., stop_token_id], trees)
+  log_step = logits[bins, trees.parents, trees.tokens] - log_z[bins, trees.parents, 0]  # from its parent to each node
+  log_stop = logits[..., stop_token_id] - log_z[..., 0]
+  log_pf, log_pterm = of_prefixes(log_step, trees)[:, 1:], of_prefixes(log_stop, trees)
   return _free(log_pf, log_pterm, length, action_mask, max_length)
 
 
@@ -115,9 +118,9 @@ def score(
   )
   root = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
   states = jnp.concatenate([root, hidden], axis=2).reshape(rows, t + 1, -1)
-  log_probs = action_log_probs(output_logits(config, params, states), allowed_tokens)
-  log_pf = jnp.take_along_axis(log_probs[:, :-1], tokens[..., None], axis=2)[..., 0]
-  return _free(log_pf, log_probs[..., stop_token_id], length, action_mask, max_length)
+  logits, log_z = action_logits(output_logits(config, params, states), allowed_tokens)
+  log_pf = (jnp.take_along_axis(logits[:, :-1], tokens[..., None], axis=2) - log_z[:, :-1])[..., 0]
+  return _free(log_pf, logits[..., stop_token_id] - log_z[..., 0], length, action_mask, max_length)
 
 
 def init_value_head(config: ModelConfig) -> dict[str, Float[Array, "..."]]:

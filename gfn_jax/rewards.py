@@ -19,7 +19,7 @@ from gfn_jax import distributed
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
-from gfn_jax.models.prefix import context_segment, encode_context, masked_log_softmax, without_start
+from gfn_jax.models.prefix import context_segment, encode_context, masked_logits, without_start
 from gfn_jax.parallel import Devices, over_data, settled
 from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, stack_bins
 from gfn_jax.types import Example, Queries
@@ -63,15 +63,17 @@ def _score_trees(
   bins = jnp.arange(len(tokens))[:, None]
 
   # Trunk: a prefix's log-probability is the sum over its way from the root.
-  log_probs = masked_log_softmax(logits, allowed_tokens)
-  steps = jnp.where(written, log_probs[bins, parents, tokens], 0.0)
+  masked, log_z = masked_logits(logits, allowed_tokens)
+  steps = jnp.where(written, masked[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
   ways = ancestors[bins, branches]  # [G, M, U]
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
   if stop_token_id is not None:
-    log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_probs[bins, branches, stop_token_id])
+    log_p_stop = masked[..., stop_token_id] - log_z[..., 0]
+    log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_p_stop[bins, branches])
 
   # Branches: the trunk predicts a target's first token, the branch the others.
-  first = jax.nn.log_softmax(logits, axis=-1)[bins, branches, target_tokens[..., 0]]
+  logits, log_z = masked_logits(logits, None)
+  first = logits[bins, branches, target_tokens[..., 0]] - log_z[bins, branches, 0]
   log_p_target = jnp.where(target_mask[..., 0], first, 0.0)
   n = target_tokens.shape[-1] - 1
   if n > 0:
@@ -81,8 +83,8 @@ def _score_trees(
     target_positions = jnp.where(target_mask[..., :-1], start[..., None] + jnp.arange(n), 0)
     inputs = target_tokens[..., :-1]
     branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
-    branch = jax.nn.log_softmax(output_logits(config, params, branch_hidden), axis=-1)
-    rest = jnp.take_along_axis(branch, target_tokens[..., 1:, None], axis=-1)[..., 0]
+    logits, log_z = masked_logits(output_logits(config, params, branch_hidden), None)
+    rest = (jnp.take_along_axis(logits, target_tokens[..., 1:, None], axis=-1) - log_z)[..., 0]
     log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
   return log_p_prefix, log_p_target
 
@@ -168,6 +170,8 @@ class RewardModel:
     bins, size = fill_bins(prompts, tokens, length, size)
     # Each target behind every node that is wanted: [bins][parts][nodes].
     ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
+    width = bucket(max(1, int(target_mask.sum(-1).max(initial=0))))  # of these queries; the task's may be longer
+    target_tokens, target_mask = target_tokens[..., :width], target_mask[..., :width]
     num_targets, width = target_tokens.shape[1:]
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)

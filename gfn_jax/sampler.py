@@ -1,8 +1,8 @@
 """Rollouts: KV-cached decoding on the device, the calculator on the host between jitted rounds.
 
-A round decodes until no row is active, or more rows wait for the tool than are; the host answers those, queues the
-results as forced tokens, and the next round goes on with all. A rollout costs about as many rounds as its longest chain
-of calls.
+A round decodes until no row is active, or too many rows wait for the tool; the host answers those, queues the results
+as forced tokens, and the next round goes on with all. A rollout costs a few rounds more than its longest chain of
+calls.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,10 +23,13 @@ from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_log
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, prompt_width, without_start
 from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, settled
-from gfn_jax.policy import action_log_probs
+from gfn_jax.policy import action_logits
 from gfn_jax.types import Trajectory
 
 FREE = -1  # in `forced`: the policy chooses
+# A round is over when more rows wait than this share of those that are active. What a row waits it may add to the
+# rollout, and then to the cost of all rows; a further round costs about as much as a token.
+PATIENCE = 1 / 8
 ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
 
 
@@ -207,7 +210,7 @@ def decode_round(
   temperature: Float[jax.Array, "Q"],
   state: RolloutState,
 ) -> RolloutState:
-  """Decodes until no row is active, or more rows wait for the tool: these would idle while a long one decodes alone.
+  """Decodes until no row is active, or too many wait for the tool (`PATIENCE`).
 
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
@@ -219,10 +222,10 @@ def decode_round(
 
   def step(state: RolloutState) -> RolloutState:
     t = state.length
-    log_probs = action_log_probs(state.logits, allowed_tokens)
+    logits, log_z = action_logits(state.logits, allowed_tokens)
     too_short = (t < min_length)[..., None] & is_stop
     divisor = jnp.where(temperature == 0, 1.0, temperature) if some_greedy else temperature
-    behaviour = jnp.where(too_short, -jnp.inf, log_probs / divisor[:, None, None])
+    behaviour = jnp.where(too_short, -jnp.inf, (logits - log_z) / divisor[:, None, None])
     keys = jax.vmap(jax.vmap(jax.random.fold_in))(state.keys, t)
     draw = jax.vmap(jax.vmap(draw_index))
     if top_k is None and top_p is None:
@@ -239,7 +242,7 @@ def decode_round(
     writes = state.active & ~(chosen & (token == stop_token_id))
     here = jnp.arange(max_length) == t[..., None]
     write_here = here & writes[..., None]
-    log_pf = jnp.take_along_axis(log_probs, token[..., None], axis=-1)
+    log_pf = jnp.take_along_axis(logits, token[..., None], axis=-1) - log_z
     at_prefix = (jnp.arange(max_length + 1) == t[..., None]) & (state.active & chosen)[..., None]
     length = t + writes
     calls = writes & chosen & call_tokens[token] & (length < max_length)
@@ -261,7 +264,7 @@ def decode_round(
       length=length,
       action_mask=state.action_mask | (write_here & chosen[..., None]),
       log_pf=jnp.where(write_here & chosen[..., None], log_pf, state.log_pf),
-      log_pterm=jnp.where(at_prefix, log_probs[..., stop_token_id, None], state.log_pterm),
+      log_pterm=jnp.where(at_prefix, logits[..., stop_token_id, None] - log_z, state.log_pterm),
       active=writes & ~calls & (length < max_length),
       waiting=state.waiting | calls,
       cache=KeyValues(write(state.cache.keys, new.keys), write(state.cache.values, new.values)),
@@ -269,7 +272,7 @@ def decode_round(
     )
 
   def goes_on(state: RolloutState) -> jax.Array:
-    return on_any_share(state.active.any() & (state.waiting.sum() <= state.active.sum()), together)
+    return on_any_share(state.active.any() & (state.waiting.sum() <= PATIENCE * state.active.sum()), together)
 
   return jax.lax.while_loop(goes_on, step, state)
 
@@ -450,7 +453,7 @@ class Sampler:
   def decode(
     self, lora: Lora | None, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
   ) -> RolloutState:
-    """One round: until no row is active, or more rows wait for the tool than are. `state` is donated."""
+    """One round: until no row is active, or too many wait for the tool. `state` is donated."""
     decode = self._round(bool((temperature == 0).any()))
     return decode(self._params, lora, *self._masks, prefix, temperature, state)
 

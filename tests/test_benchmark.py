@@ -162,7 +162,7 @@ def test_trips_of_a_decoding_round():
   # A stop takes a trip that writes nothing.
   stops = state.replace(length=np.array([[[3, 3, 4, 5]]]))
   assert work.decode_trips(active, before, stops) == 4
-  # Most rows wait: one that would go on has written a token a trip.
+  # Too many rows wait: one that would go on has written a token a trip.
   on = state.replace(length=np.array([[[3, 3, 4, 3]]]), active=np.array([[[True, False, False, False]]]))
   assert work.decode_trips(active, before, on.replace(waiting=np.array([[[False, True, False, True]]]))) == 3
 

@@ -27,7 +27,7 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
-from gfn_jax.sampler import Sampler, draw_index, filter_tokens, nucleus
+from gfn_jax.sampler import PATIENCE, Sampler, draw_index, filter_tokens, nucleus
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -486,7 +486,7 @@ def test_rules_of_the_tool():
   assert len(rounds) > 1
 
 
-def test_a_round_ends_when_most_rows_wait():
+def test_a_round_ends_when_too_many_rows_wait():
   """Those that wait are answered while others are still in mid-decoding, and both end up by the rules."""
   pretrained, max_length = tiny_pretrained(seed=6), 7
   tool = FakeTool(pretrained.config.vocab_size)
@@ -494,7 +494,7 @@ def test_a_round_ends_when_most_rows_wait():
     random_lora(pretrained), *pad_left(PROMPTS), num_samples=200, temperature=np.full(4, 3.0), key=jax.random.key(6)
   )
   waiting, active = (int(np.asarray(x).sum()) for x in (rollout.state.waiting, rollout.state.active))
-  assert waiting > active > 0
+  assert active > 0 and waiting > PATIENCE * active
   z = make_sampler(pretrained, max_length=max_length).finish(rollout)
   assert check_tool_rows(z, tool, max_length)["answered"]
 

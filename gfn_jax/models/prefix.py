@@ -85,9 +85,15 @@ def prompt_width(mask: Bool[np.ndarray, "*lead P"]) -> int:
   return min(mask.shape[-1], max(32, 1 << (longest - 1).bit_length()))
 
 
-def masked_log_softmax(logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None) -> Float[Array, "*lead V"]:
-  """Float32 log-probabilities renormalised over the allowed tokens; about -1e30 for the others."""
+def masked_logits(
+  logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None
+) -> tuple[Float[Array, "*lead V"], Float[Array, "*lead 1"]]:
+  """Float32 logits of the allowed tokens, about -1e30 of the others, and their log-normaliser.
+
+  The first minus the second are log-probabilities, in nats. Who needs those of a few tokens takes the difference of
+  these alone: a log_softmax writes as many numbers as there are logits.
+  """
   logits = logits.astype(jnp.float32)
   if allowed is not None:
     logits = jnp.where(allowed, logits, -1e30)
-  return jax.nn.log_softmax(logits, axis=-1)
+  return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True)
