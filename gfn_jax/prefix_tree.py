@@ -93,11 +93,11 @@ class Part:
     return self.start + len(self.tree)
 
 
-def bucket(n: int, smallest: int = 1) -> int:
-  """The next of the sizes ..., 8, 10, 12, 14, 16, 20, ...: every size is a program to compile."""
+def bucket(n: int, smallest: int = 1, per_octave: int = 4) -> int:
+  """The next of the sizes ..., 8, 10, 12, 14, 16, 20, ..., so many from 8 to 16: every size is a program to compile."""
   if n <= smallest:
     return smallest
-  step = 1 << max(0, (n - 1).bit_length() - 3)
+  step = max(1, (1 << (n - 1).bit_length()) // (2 * per_octave))
   return -(-n // step) * step
 
 
@@ -148,7 +148,7 @@ def fill_bins(
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
-  That is `size`, or less where one or two bins then hold as much. No prompts, no bins.
+  That is `size`, or less where one or two bins then hold as much. Bins are filled evenly. No prompts, no bins.
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
@@ -165,6 +165,11 @@ def fill_bins(
     again = cut(smaller)
     if len(again) == len(found):
       found, size = again, smaller
+      break
+  for sixteenths in range(16 - 16 // max(1, len(found)), 16):  # else the last is nearly empty, and all others are full
+    again = cut(size * sixteenths // 16)
+    if len(again) == len(found) > 1:
+      found = again
       break
   bins = []
   for parts in found:

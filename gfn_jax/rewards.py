@@ -177,7 +177,8 @@ class RewardModel:
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     if not bins:
       return log_p_prefix, log_p_target
-    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8)
+    # The largest part of a step's work: a few more programs are soon made up for.
+    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8, per_octave=8)
     devices = len(self._devices)
     per_device = bins_of_call(len(bins), devices, max(size, branches * (width - 1)), self._config.vocab_size)
     pending = []

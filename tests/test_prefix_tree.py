@@ -83,22 +83,34 @@ def test_trees_of_a_batch_hold_every_prefix_of_every_row(case, num_queries, num_
       assert text_at(trees, first, node) == prompt + tuple(sample[: min(t, n)])
 
 
-def test_bins_are_full_and_samples_that_share_much_stay_together():
+def parts_of(bins):
+  return [[(p.query, p.rows.tolist(), p.start, len(p.tree)) for p in parts] for parts in bins]
+
+
+ALIKE = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]]
+
+
+def test_samples_that_share_much_stay_together():
   """Of two queries, in bins of 11 nodes."""
-  alike = [[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]]
-  apart = [[i, i, i, i] for i in (1, 2, 3, 4)]
-  tokens = np.array(alike + apart, np.int32)
+  tokens = np.array(ALIKE + [[1, 1, 1, 1]] * 4, np.int32)
   bins, size = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
   assert size == 11
-  found = [[(p.query, p.rows.tolist(), p.start, len(p.tree)) for p in parts] for parts in bins]
   # In the order of a dictionary, behind the prompt: 1234 and 5644 are 8 nodes, 5678 is 2 more, 5679 begins a bin.
-  assert found == [[(0, [3, 2, 0], 0, 11)], [(0, [1], 0, 5), (1, [4], 5, 5)], [(1, [5, 6], 0, 9)], [(1, [7], 0, 5)]]
+  assert parts_of(bins) == [[(0, [3, 2, 0], 0, 11)], [(0, [1], 0, 5), (1, [4, 5, 6, 7], 5, 5)]]
   tokens, parents, positions, ancestors = stack_bins(bins, 12)
   assert tokens[:2].tolist() == [[2, 1, 2, 3, 4, 5, 6, 4, 4, 7, 8, 0], [2, 5, 6, 7, 9, 2, 1, 1, 1, 1, 0, 0]]
   assert parents[:2].tolist() == [[0, 0, 1, 2, 3, 0, 5, 6, 7, 6, 9, 0], [0, 0, 1, 2, 3, 5, 5, 6, 7, 8, 0, 0]]
   assert positions[:2].tolist() == [[0, 1, 2, 3, 4, 1, 2, 3, 4, 3, 4, 0], [0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 0, 0]]
   assert [np.flatnonzero(ancestors[0, node]).tolist() for node in (10, 11)] == [[0, 5, 6, 9, 10], [11]]
   assert [np.flatnonzero(ancestors[1, node]).tolist() for node in (3, 7)] == [[0, 1, 2, 3], [5, 6, 7]]
+
+
+def test_bins_are_filled_evenly():
+  """Four, of at most 9 nodes, though 11 would fit."""
+  tokens = np.array(ALIKE + [[i, i, i, i] for i in (1, 2, 3, 4)], np.int32)
+  bins, size = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
+  assert size == 11
+  assert parts_of(bins) == [[(0, [3, 2], 0, 9)], [(0, [0, 1], 0, 6)], [(1, [4, 5], 0, 9)], [(1, [6, 7], 0, 9)]]
 
 
 def test_one_or_two_bins_are_no_larger_than_they_must():
@@ -115,6 +127,7 @@ def test_one_or_two_bins_are_no_larger_than_they_must():
 def test_sizes():
   assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
   assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
+  assert [bucket(n, per_octave=8) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert [bin_size(20, 8, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
   # Four long prompts; a query altogether; a prompt with a sample.
   assert [bin_size(*sizes, 64) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]

@@ -94,6 +94,6 @@ def masked_logits(
   these alone: a log_softmax writes as many numbers as there are logits.
   """
   logits = logits.astype(jnp.float32)
-  if allowed is not None:
-    logits = jnp.where(allowed, logits, -1e30)
+  if allowed is not None:  # a sum, through which a gradient goes as it is
+    logits += jnp.where(allowed, 0.0, -1e30)
   return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True)
