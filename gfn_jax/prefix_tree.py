@@ -166,9 +166,10 @@ def fill_bins(
     if len(again) == len(found):
       found, size = again, smaller
       break
-  for sixteenths in range(16 - 16 // max(1, len(found)), 16):  # else the last is nearly empty, and all others are full
+  # Evenly: otherwise the last is nearly empty, and all others are full.
+  for sixteenths in range(16 - 16 // len(found), 16) if len(found) > 1 else ():
     again = cut(size * sixteenths // 16)
-    if len(again) == len(found) > 1:
+    if len(again) == len(found):
       found = again
       break
   bins = []

@@ -28,6 +28,12 @@ MAX_TOKENS = 8192  # of a pass of one device call; more bins go into further cal
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 
+def branches_of_bin(most: int) -> int:
+  """How many branches each bin is given, where no bin needs more than `most`."""
+  # They are the largest part of a step's work: a few more programs than of other sizes are soon made up for.
+  return bucket(most, smallest=8, per_octave=8)
+
+
 def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int) -> int:
   """How many bins a device scores in each of even calls, where a pass has so many `tokens` of a bin."""
   most = max(1, min(MAX_TOKENS, MAX_LOGITS // vocab_size) // tokens)
@@ -177,8 +183,7 @@ class RewardModel:
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     if not bins:
       return log_p_prefix, log_p_target
-    # The largest part of a step's work: a few more programs are soon made up for.
-    branches = bucket(max(num_targets * sum(map(len, of_bin)) for of_bin in ends), smallest=8, per_octave=8)
+    branches = branches_of_bin(max(num_targets * sum(map(len, of_bin)) for of_bin in ends))
     devices = len(self._devices)
     per_device = bins_of_call(len(bins), devices, max(size, branches * (width - 1)), self._config.vocab_size)
     pending = []

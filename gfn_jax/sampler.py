@@ -97,13 +97,21 @@ def filter_tokens(
   return scores if top_p is None else jnp.where(nucleus(scores, top_p), scores, -jnp.inf), tokens
 
 
+def _block_size(number: int) -> int:
+  """About its root; where there is one, such that whole blocks fall to each of eight devices that share a vocabulary:
+  they need not exchange it then."""
+  root = math.isqrt(number)
+  even = [size for size in range(root // 2 + 1, 2 * root) if number % (8 * size) == 0]
+  return min(even, key=lambda size: abs(size - root), default=root)
+
+
 def draw_index(key: jax.Array, scores: Float[jax.Array, "V"]) -> Int[jax.Array, ""]:
   """An index drawn in proportion to exp(scores); one of -inf never is.
 
   The cumulative sum is inverted among sqrt(V) blocks, and then within one: two random numbers a draw. Gumbel's trick
   (`jax.random.categorical`) takes V of them, which on CPUs cost more than the logits.
   """
-  size = math.isqrt(scores.shape[0])
+  size = _block_size(scores.shape[0])
   weights = jnp.exp(scores - scores.max())
   blocks = jnp.pad(weights, (0, -len(weights) % size)).reshape(-1, size)
   among, within = jax.random.uniform(key, (2,))
