@@ -110,8 +110,8 @@ def test_the_loss_is_what_xla_counts(family):
   assert (hand.model_sums, hand.data_sums) == (0, 0)
 
 
-# Prints, of a compiled step on data 2 x model 2, FLOPs of a device and the bytes that it exchanges, by groups; and those of
-# sampling and rewards on one group of two.
+# Prints, of a compiled step on data 2 x model 2, FLOPs of a device and the bytes that it exchanges, by groups; of
+# sampling and rewards on one group of two, the bytes.
 SPLIT = """
 import collections, json, math, re
 import jax
