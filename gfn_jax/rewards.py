@@ -158,13 +158,15 @@ class RewardModel:
     """
     prompt_mask = without_start(prompt_mask, self._num_replaced)
     num_samples = len(tokens) // len(prompt_tokens)
-    own = distributed.share(len(prompt_tokens))
-    rows = slice(own.start * num_samples, own.stop * num_samples)
+    own = np.arange(len(prompt_tokens))[distributed.share(len(prompt_tokens))]
+    # By how long their targets are, since a call is as wide as its longest.
+    own = own[np.argsort(target_mask[own].sum(-1).max(-1), kind="stable")]
+    rows = (own[:, None] * num_samples + np.arange(num_samples)).reshape(-1)
     found = self._score_queries(
       num_samples, prompt_tokens[own], prompt_mask[own], tokens[rows], length[rows], terminable[rows],
       target_tokens[own], target_mask[own],
     )  # fmt: skip
-    return distributed.gather(found, len(prompt_tokens), num_samples)
+    return distributed.gather(tuple(x[np.argsort(rows)] for x in found), len(prompt_tokens), num_samples)
 
   def _score_queries(
     self, num_samples, prompt_tokens, prompt_mask, tokens, length, terminable, target_tokens, target_mask
@@ -176,20 +178,21 @@ class RewardModel:
     bins, size = fill_bins(prompts, tokens, length, size)
     # Each target behind every node that is wanted: [bins][parts][nodes].
     ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
-    width = bucket(max(1, int(target_mask.sum(-1).max(initial=0))))  # of these queries; the task's may be longer
-    target_tokens, target_mask = target_tokens[..., :width], target_mask[..., :width]
-    num_targets, width = target_tokens.shape[1:]
+    num_targets = target_tokens.shape[1]
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     if not bins:
       return log_p_prefix, log_p_target
     branches = branches_of_bin(max(num_targets * sum(map(len, of_bin)) for of_bin in ends))
-    devices = len(self._devices)
-    per_device = bins_of_call(len(bins), devices, max(size, branches * (width - 1)), self._config.vocab_size)
+    devices, lengths = len(self._devices), target_mask.sum(-1).max(-1)
+    behind = branches * (bucket(int(lengths.max())) - 1)
+    per_device = bins_of_call(len(bins), devices, max(size, behind), self._config.vocab_size)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)
-      arrays = self._arrays(bins[chunk], ends[chunk], size, branches, target_tokens, target_mask)
+      width = bucket(max(int(lengths[part.query]) for parts in bins[chunk] for part in parts))
+      targets = target_tokens[..., :width], target_mask[..., :width]
+      arrays = self._arrays(bins[chunk], ends[chunk], size, branches, *targets)
       arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]
       results = self.score_trees(*(x.reshape(devices, per_device, *x.shape[1:]) for x in arrays))
       pending.append((bins[chunk], ends[chunk], results))
