@@ -233,15 +233,18 @@ def test_a_call_holds_few_tokens(monkeypatch):
   batch = query_batch(pretrained.config.vocab_size, num_samples=30)
   expected = one_by_one(pretrained, [], batch)
   monkeypatch.setattr(prefix_tree, "MIN_NODES", 32)
-  model, shapes = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
+  model, calls = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
   score = model.score_trees
-  monkeypatch.setattr(model, "score_trees", lambda *arrays: shapes.append(arrays[0].shape) or score(*arrays))
+  monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append([x.shape for x in arrays]) or score(*arrays))
   for most in (60, 20_000):
     monkeypatch.setattr(rewards, "MAX_TOKENS", most)
     np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
-  *single, whole = shapes
+  *single, whole = [trunk for trunk, *_ in calls]
   assert len(single) > 2 and single == [(1, 1, 32)] * len(single)
   assert whole == (1, bucket(len(single)), 32)
+  # Short targets first, each call as wide as its longest.
+  *widths, widest = [target[-1] for *_, target, _ in calls]
+  assert widths == sorted(widths) and widths[0] == 1 and widths[-1] == widest == 5
 
 
 def test_no_queries():
