@@ -227,7 +227,7 @@ class StepLog:
     if "accuracy" in values:
       shown["acc"] = f"{100 * values['accuracy']:.0f}%"
     shown[self._rate_shown] = f"{self._rows / seconds:.0f}"
-    remaining = (self._num_steps - step) * self._spent / (step - self._first_step)
+    remaining = max(0, self._num_steps - step) * self._spent / (step - self._first_step)  # a benchmark may go on
     self._writer.progress(step, shown, remaining)
 
   @contextlib.contextmanager
