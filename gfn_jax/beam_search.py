@@ -15,9 +15,8 @@ import numpy as np
 
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
-from gfn_jax.models.prefix import encode_prompts
+from gfn_jax.models.prefix import encode_prompts, masked_logits
 from gfn_jax.parallel import Devices, is_split, on_any_share, over_data
-from gfn_jax.policy import action_logits
 from gfn_jax.sampler import check_behavior
 from gfn_jax.types import Trajectory
 
@@ -137,7 +136,7 @@ def search(
   def extend(state: SearchState, logits: Float[jax.Array, "Q N V"]) -> SearchState:
     """Files the beams that stop, and gives the others a token."""
     t, running = state.step, state.running
-    log_probs = jnp.subtract(*action_logits(logits, allowed_tokens)).reshape(*beams, -1)
+    log_probs = jnp.subtract(*masked_logits(logits, allowed_tokens)).reshape(*beams, -1)
     log_pterm = log_probs[..., stop_token_id]
     running = running.replace(log_pterm=running.log_pterm.at[..., t].set(log_pterm))
 

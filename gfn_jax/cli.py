@@ -52,10 +52,13 @@ def _unknown_field(error: Exception, argv: Sequence[str]) -> str | None:
   """What to say of a --config.field that the config lacks; None where `error` is another slip."""
   while error.args and isinstance(error.args[0], Exception):  # ml_collections wraps its KeyError, or does not
     error = error.args[0]
-  name, _, hint = str(error.args[0] if error.args else "").partition("\n")
-  of_config = (a.partition("=")[0] for a in argv if re.match(r"--?config\.", a))
-  flag = next((f for f in of_config if name.strip("'") in f.split(".")), None)
-  return f"{flag}: the config has no {name}. {hint}" if isinstance(error, KeyError) and flag else None
+  # Its key has quotes of its own, which those of a config file's KeyError lack.
+  found = re.fullmatch(r"'(.+)'(?:\n(.*))?", str(error.args[0] if error.args else ""), re.DOTALL)
+  if found is None or not isinstance(error, KeyError):
+    return None
+  fields = [a.partition("=")[0] for a in argv if re.match(r"--?config\.", a)]
+  flags_of = [f for f in fields if found[1] in f.split(".")]
+  return f"{' or '.join(flags_of)}: the config has no {found[1]!r}. {found[2] or ''}" if flags_of else None
 
 
 def _parse(argv: Sequence[str], needs_config: bool, takes_arguments: bool) -> list[str]:

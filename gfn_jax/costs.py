@@ -20,7 +20,7 @@ from gfn_jax.layouts import Layout
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models.architectures import lora_targets
 from gfn_jax.models.lora import LoraConfig
-from gfn_jax.prefix_tree import bin_size, bucket, build_trees, fill_bins, unlike_samples
+from gfn_jax.prefix_tree import bin_size, build_trees, fill_bins, unlike_samples
 from gfn_jax.rewards import bins_of_call, branches_of_bin
 from gfn_jax.shards import shard_of, summed_bytes, summed_gradient_bytes
 
@@ -139,12 +139,12 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   if bins:
     scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1  # of a sample
     ends = (sum(min(len(x.tree) - p + 1, len(x.rows) * scored) for x in parts) for parts in bins)
-    behind = branches_of_bin(max(ends)) * (bucket(y) - 1)  # tokens of a bin's branches: the trunk scores Y's first
+    behind = branches_of_bin(max(ends)) * (y - 1)  # tokens of a bin's branches: the trunk scores Y's first
     of_call = bins_of_call(len(bins), 1, max(size, behind), layout.model.vocab_size)
     nodes, behind, keys, calls = of_call * size, of_call * behind, lengths.context + size, -(-len(bins) // of_call)
     trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context) * calls
     if behind:
-      branch = run.forward(None, behind, keys + bucket(y) - 1, behind, cached=lengths.context + nodes) * calls
+      branch = run.forward(None, behind, keys + y - 1, behind, cached=lengths.context + nodes) * calls
 
   micro = num_micro_batches(config, layout.num_data)
   trees = build_trees(*unlike_samples(queries // micro, samples, p, t), largest)

@@ -15,13 +15,6 @@ from gfn_jax.models.prefix import encode_prompts, masked_logits
 from gfn_jax.types import Trees
 
 
-def action_logits(
-  logits: Float[Array, "*lead V"], allowed_tokens: Bool[Array, "V"]
-) -> tuple[Float[Array, "*lead V"], Float[Array, "*lead 1"]]:
-  """log q(. | z_<t) = the first less the second: nats, float32, over the allowed tokens, of which the stop is one."""
-  return masked_logits(logits, allowed_tokens)
-
-
 def tree_states(
   config: ModelConfig,
   params: dict,
@@ -69,7 +62,7 @@ def score_trees(
   max_length: int,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B S"]]:
   """`score`, from the states of `tree_states`."""
-  logits, log_z = action_logits(output_logits(config, params, states), allowed_tokens)
+  logits, log_z = masked_logits(output_logits(config, params, states), allowed_tokens)
   bins = jnp.arange(len(trees.tokens))[:, None]
   log_step = logits[bins, trees.parents, trees.tokens] - log_z[bins, trees.parents, 0]  # from its parent to each node
   log_stop = logits[..., stop_token_id] - log_z[..., 0]
@@ -118,7 +111,7 @@ def score(
   )
   root = jnp.broadcast_to(prefix.last_hidden[:, None, None], (*hidden.shape[:2], 1, hidden.shape[-1]))
   states = jnp.concatenate([root, hidden], axis=2).reshape(rows, t + 1, -1)
-  logits, log_z = action_logits(output_logits(config, params, states), allowed_tokens)
+  logits, log_z = masked_logits(output_logits(config, params, states), allowed_tokens)
   log_pf = (jnp.take_along_axis(logits[:, :-1], tokens[..., None], axis=2) - log_z[:, :-1])[..., 0]
   return _free(log_pf, logits[..., stop_token_id] - log_z[..., 0], length, action_mask, max_length)
 

@@ -148,7 +148,7 @@ def fill_bins(
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
-  That is `size`, or less where one or two bins then hold as much. Bins are filled evenly. No prompts, no bins.
+  That is `size`, or less where one or two bins then hold as much. Up to 16 bins are filled evenly. No prompts, no bins.
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
@@ -166,7 +166,7 @@ def fill_bins(
     if len(again) == len(found):
       found, size = again, smaller
       break
-  # Evenly: otherwise the last is nearly empty, and all others are full.
+  # Otherwise the last is nearly empty, and all others are full; among more than 16 that hardly matters.
   for sixteenths in range(16 - 16 // len(found), 16) if len(found) > 1 else ():
     again = cut(size * sixteenths // 16)
     if len(again) == len(found):

@@ -185,12 +185,13 @@ class RewardModel:
       return log_p_prefix, log_p_target
     branches = branches_of_bin(max(num_targets * sum(map(len, of_bin)) for of_bin in ends))
     devices, lengths = len(self._devices), target_mask.sum(-1).max(-1)
-    behind = branches * (bucket(int(lengths.max())) - 1)
+    width_of = lambda longest: min(bucket(int(longest)), target_tokens.shape[-1])  # noqa: E731
+    behind = branches * (width_of(lengths.max()) - 1)
     per_device = bins_of_call(len(bins), devices, max(size, behind), self._config.vocab_size)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)
-      width = bucket(max(int(lengths[part.query]) for parts in bins[chunk] for part in parts))
+      width = width_of(max(lengths[part.query] for parts in bins[chunk] for part in parts))
       targets = target_tokens[..., :width], target_mask[..., :width]
       arrays = self._arrays(bins[chunk], ends[chunk], size, branches, *targets)
       arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]

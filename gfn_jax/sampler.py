@@ -1,8 +1,8 @@
 """Rollouts: KV-cached decoding on the device, the calculator on the host between jitted rounds.
 
 A round decodes until no row is active, or too many rows wait for the tool; the host answers those, queues the results
-as forced tokens, and the next round goes on with all. A rollout costs a few rounds more than its longest chain of
-calls.
+as forced tokens, and the next round goes on with all. A rollout costs more rounds than its longest chain of calls, and
+hardly more trips of the loop than its longest row has tokens.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,15 +21,15 @@ from gfn_jax import distributed
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
-from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, prompt_width, without_start
+from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, masked_logits, prompt_width, without_start
 from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, settled
-from gfn_jax.policy import action_logits
 from gfn_jax.types import Trajectory
 
 FREE = -1  # in `forced`: the policy chooses
 # A round is over when more rows wait than this share of those that are active. What a row waits it may add to the
-# rollout, and then to the cost of all rows; a further round costs about as much as a token.
-PATIENCE = 1 / 8
+# rollout, and then to the cost of all rows; a further round costs about as much as a token. Devices that go by rows of
+# their own wait for the slowest at the end of each round: theirs are to be few.
+PATIENCE, PATIENCE_OF_MANY = 1 / 8, 1.0
 ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
 
 
@@ -97,21 +97,24 @@ def filter_tokens(
   return scores if top_p is None else jnp.where(nucleus(scores, top_p), scores, -jnp.inf), tokens
 
 
-def _block_size(number: int) -> int:
-  """About its root; where there is one, such that whole blocks fall to each of eight devices that share a vocabulary:
+def block_size(number: int) -> int:
+  """About its root; if possible such that whole blocks fall to each of 16, 8, 4 or 2 devices that share a vocabulary:
   they need not exchange it then."""
   root = math.isqrt(number)
-  even = [size for size in range(root // 2 + 1, 2 * root) if number % (8 * size) == 0]
-  return min(even, key=lambda size: abs(size - root), default=root)
+  for shares in (16, 8, 4, 2):
+    even = [size for size in range(root // 2 + 1, 2 * root) if number % (shares * size) == 0]
+    if even:
+      return min(even, key=lambda size: abs(size - root))
+  return root
 
 
 def draw_index(key: jax.Array, scores: Float[jax.Array, "V"]) -> Int[jax.Array, ""]:
   """An index drawn in proportion to exp(scores); one of -inf never is.
 
-  The cumulative sum is inverted among sqrt(V) blocks, and then within one: two random numbers a draw. Gumbel's trick
-  (`jax.random.categorical`) takes V of them, which on CPUs cost more than the logits.
+  The cumulative sum is inverted among about sqrt(V) blocks, and then within one: two random numbers a draw. Gumbel's
+  trick (`jax.random.categorical`) takes V of them, which on CPUs cost more than the logits.
   """
-  size = _block_size(scores.shape[0])
+  size = block_size(scores.shape[0])
   weights = jnp.exp(scores - scores.max())
   blocks = jnp.pad(weights, (0, -len(weights) % size)).reshape(-1, size)
   among, within = jax.random.uniform(key, (2,))
@@ -210,6 +213,7 @@ def decode_round(
   top_p: float | None,
   some_greedy: bool,
   together: bool,
+  patience: float,
   params: dict,
   lora: Lora | None,
   allowed_tokens: Bool[jax.Array, "V"],
@@ -218,7 +222,7 @@ def decode_round(
   temperature: Float[jax.Array, "Q"],
   state: RolloutState,
 ) -> RolloutState:
-  """Decodes until no row is active, or too many wait for the tool (`PATIENCE`).
+  """Decodes until no row is active, or too many wait for the tool: more than `patience` times those.
 
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
@@ -230,7 +234,7 @@ def decode_round(
 
   def step(state: RolloutState) -> RolloutState:
     t = state.length
-    logits, log_z = action_logits(state.logits, allowed_tokens)
+    logits, log_z = masked_logits(state.logits, allowed_tokens)
     too_short = (t < min_length)[..., None] & is_stop
     divisor = jnp.where(temperature == 0, 1.0, temperature) if some_greedy else temperature
     behaviour = jnp.where(too_short, -jnp.inf, (logits - log_z) / divisor[:, None, None])
@@ -280,7 +284,7 @@ def decode_round(
     )
 
   def goes_on(state: RolloutState) -> jax.Array:
-    return on_any_share(state.active.any() & (state.waiting.sum() <= PATIENCE * state.active.sum()), together)
+    return on_any_share(state.active.any() & (state.waiting.sum() <= patience * state.active.sum()), together)
 
   return jax.lax.while_loop(goes_on, step, state)
 
@@ -305,7 +309,10 @@ def _compiled_round(
 ):
   """`decode_round`."""
   together = is_split(devices)
-  part = functools.partial(decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together)
+  patience = PATIENCE if together or len(devices) == 1 else PATIENCE_OF_MANY
+  part = functools.partial(
+    decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together, patience
+  )
   return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 

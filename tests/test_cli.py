@@ -57,6 +57,7 @@ def folder(tmp_path_factory):
   (folder / "file").write_text("")
   (folder / "broken.py").write_text("def get_config(:\n")
   (folder / "refuses.py").write_text("def get_config():\n  raise ValueError('no such day')\n")
+  (folder / "unknown_key.py").write_text("def get_config():\n  return {}['train']\n")
   (folder / "unknown_name.py").write_text("def get_config():\n  return x\n")
   (folder / "list.py").write_text("def get_config():\n  return [1]\n")
   (folder / "listed").mkdir()
@@ -79,6 +80,11 @@ CASES = {
     [ARITH, "--config.train.num_step=3"], ["--config.train.num_step: the config has no", 'Did you mean "num_steps"'],
   ),
   "unknown section": ([ARITH, "--config.trian.num_steps=3"], ["--config.trian.num_steps: the config has no 'trian'"]),
+  "unknown field beside one that holds its name": (
+    [ARITH, "--config.model.name=q", "--config.train.name=z"],
+    ["--config.model.name or --config.train.name: the config has no 'name'"],
+  ),
+  "config file with an unknown key": (["--config={}/unknown_key.py", "--config.train.num_steps=3"], ["'train'"]),
   "unknown field of another name": ([ARITH, "--config.nothing=3"], ["--config.nothing: the config has no 'nothing'"]),
   "value of a wrong type": ([ARITH, "--config.train.num_steps=many"], ["num_steps", "many"]),
   "unknown flag": ([ARITH, "--workdr=x"], ["workdr"]),

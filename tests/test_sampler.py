@@ -27,7 +27,7 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
-from gfn_jax.sampler import PATIENCE, Sampler, draw_index, filter_tokens, nucleus
+from gfn_jax.sampler import PATIENCE, Sampler, block_size, draw_index, filter_tokens, nucleus
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -486,6 +486,14 @@ def test_rules_of_the_tool():
   assert len(rounds) > 1
 
 
+def test_blocks_of_a_vocabulary_fall_to_whole_shards():
+  sizes = {352: 22, 500: 25, 512: 16, 32_000: 200, 49_152: 192, 50_400: 225, 128_256: 334}
+  assert {n: block_size(n) for n in sizes} == sizes
+  for n, shares in ((352, 16), (500, 4), (512, 16), (32_000, 16), (49_152, 16), (50_400, 16), (128_256, 16)):
+    assert n % (shares * sizes[n]) == 0, n
+  assert [block_size(n) for n in (1, 3, 7, 50_257)] == [1, 1, 2, 224]  # none that more than one could share
+
+
 def test_a_round_ends_when_too_many_rows_wait():
   """Those that wait are answered while others are still in mid-decoding, and both end up by the rules."""
   pretrained, max_length = tiny_pretrained(seed=6), 7
@@ -494,7 +502,7 @@ def test_a_round_ends_when_too_many_rows_wait():
     random_lora(pretrained), *pad_left(PROMPTS), num_samples=200, temperature=np.full(4, 3.0), key=jax.random.key(6)
   )
   waiting, active = (int(np.asarray(x).sum()) for x in (rollout.state.waiting, rollout.state.active))
-  assert active > 0 and waiting > PATIENCE * active
+  assert active > waiting > PATIENCE * active
   z = make_sampler(pretrained, max_length=max_length).finish(rollout)
   assert check_tool_rows(z, tool, max_length)["answered"]
 

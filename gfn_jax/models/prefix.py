@@ -88,7 +88,7 @@ def prompt_width(mask: Bool[np.ndarray, "*lead P"]) -> int:
 def masked_logits(
   logits: Float[Array, "*lead V"], allowed: Bool[Array, "V"] | None
 ) -> tuple[Float[Array, "*lead V"], Float[Array, "*lead 1"]]:
-  """Float32 logits of the allowed tokens, about -1e30 of the others, and their log-normaliser.
+  """Float32 logits of the allowed tokens, less the largest, about -1e30 of the others, and their log-normaliser.
 
   The first minus the second are log-probabilities, in nats. Who needs those of a few tokens takes the difference of
   these alone: a log_softmax writes as many numbers as there are logits.
@@ -96,4 +96,5 @@ def masked_logits(
   logits = logits.astype(jnp.float32)
   if allowed is not None:  # a sum, through which a gradient goes as it is
     logits += jnp.where(allowed, 0.0, -1e30)
-  return logits, jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  logits -= jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))  # log-probabilities near 0 keep their digits
+  return logits, jnp.log(jnp.exp(logits).sum(axis=-1, keepdims=True))
