@@ -84,7 +84,7 @@ def _parse(argv: Sequence[str], needs_config: bool, takes_arguments: bool) -> li
     unknown = _unknown_field(e, argv)
     if unknown:
       text = unknown
-    elif not isinstance(e, (flags.Error, ValueError, KeyError)):
+    elif not isinstance(e, (flags.Error, ValueError)):
       text = f"{config_file}: {type(e).__name__}: {text}"
     if "Traceback (most recent call last)" in text:  # of get_config, in ml_collections' message
       text = f"{config_file}: {text.strip().splitlines()[-1].removeprefix('ValueError: ')}"
