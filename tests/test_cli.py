@@ -84,7 +84,9 @@ CASES = {
     [ARITH, "--config.model.name=q", "--config.train.name=z"],
     ["--config.model.name or --config.train.name: the config has no 'name'"],
   ),
-  "config file with an unknown key": (["--config={}/unknown_key.py", "--config.train.num_steps=3"], ["unknown_key.py: KeyError: train"]),
+  "config file with an unknown key": (
+    ["--config={}/unknown_key.py", "--config.train.num_steps=3"], ["unknown_key.py: KeyError: train"],
+  ),
   "unknown field of another name": ([ARITH, "--config.nothing=3"], ["--config.nothing: the config has no 'nothing'"]),
   "value of a wrong type": ([ARITH, "--config.train.num_steps=many"], ["num_steps", "many"]),
   "unknown flag": ([ARITH, "--workdr=x"], ["workdr"]),
