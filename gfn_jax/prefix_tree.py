@@ -7,7 +7,6 @@ prompt once more.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -108,70 +107,103 @@ def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -
   return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
 
-def _sorted_rows(tokens: Int[np.ndarray, "N T"], length: Int[np.ndarray, "N"]) -> tuple[np.ndarray, np.ndarray]:
-  """Rows in the order of a dictionary, and how many tokens of each the one before it does not begin with."""
-  order = np.lexsort((length, *tokens.T[::-1]))
-  tokens, length = tokens[order], length[order]
-  alike = np.cumprod(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
-  common = np.minimum(alike, np.minimum(length[1:], length[:-1]))
-  return order, length - np.concatenate([[0], common])
+def branches_of_bin(most: int) -> int:
+  """How many branches each bin is given, where none needs more than `most`."""
+  return bucket(most, smallest=8, per_octave=2)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+  """N samples of a query, in the order of a dictionary.
+
+  Attributes:
+    prompt: its tokens. order: int [N], which sample. length: int [N].
+    ends: int [N], of its prefixes, how many are wanted.
+    new, new_ends: int [N], of tokens and of these prefixes, how many the sample before it does not begin with.
+  """
+
+  prompt: int
+  order: np.ndarray
+  length: np.ndarray
+  ends: np.ndarray
+  new: np.ndarray
+  new_ends: np.ndarray
+
+  @classmethod
+  def of(cls, prompt: int, tokens: np.ndarray, length: np.ndarray, wanted: np.ndarray) -> "_Rows":
+    order = np.lexsort((length, *tokens.T[::-1]))
+    tokens, length, wanted = tokens[order], length[order], wanted[order]
+    alike = np.cumprod(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
+    common = np.append(0, np.minimum(alike, np.minimum(length[1:], length[:-1])))
+    new_ends = (wanted & (np.arange(wanted.shape[1]) > common[:, None])).sum(axis=1)
+    return cls(prompt, order, length, wanted.sum(axis=1), length - common, new_ends)
 
 
 def _cut(
-  prompts: Sequence[int], rows: Sequence[np.ndarray], new: Sequence[np.ndarray], length: np.ndarray, size: int
-) -> list[list[tuple[int, np.ndarray]]]:
-  """(query, rows) of the parts of bins of `size` nodes, a query after another, or [] where a row exceeds one.
+  queries: Sequence[_Rows], size: int, most_ends: int
+) -> tuple[list[list[tuple[int, np.ndarray]]], list[int]]:
+  """Bins of `size` nodes, a query after another: (query, rows) of the parts of each, and how many prefixes are wanted.
 
-  Args:
-    prompts: tokens of each. rows, new: of each, as `_sorted_rows` gives them. length: of all rows.
+  These are at most `most_ends`, but for those of a bin's first row. No bins where a row has more than `size` nodes.
   """
-  bins, left = [], 0
-  for q, p in enumerate(prompts):
-    start = 0
-    while start < len(rows[q]):
+  bins, ends_of, left, ends_left = [], [], 0, 0
+  for q, rows in enumerate(queries):
+    start, n = 0, len(rows.order)
+    while start < n:
       # All of the first row is new: what it shares with the one before stands in another bin.
-      nodes = p + length[rows[q][start]] + np.cumsum(np.append(0, new[q][start + 1 :]))
+      nodes = rows.prompt + rows.length[start] + np.cumsum(np.append(0, rows.new[start + 1 :]))
+      ends = rows.ends[start] + np.cumsum(np.append(0, rows.new_ends[start + 1 :]))
       if nodes[0] > size:
-        return []
-      if nodes[0] > left:
+        return [], []
+      if nodes[0] > left or ends[0] > ends_left:
         bins.append([])
-        left = size
-      fit = int(np.searchsorted(nodes, left, side="right"))
-      bins[-1].append((q, rows[q][start : start + fit]))
-      left -= int(nodes[fit - 1])
+        ends_of.append(0)
+        left, ends_left = size, max(most_ends, ends[0])
+      fit = int(min(np.searchsorted(nodes, left, side="right"), np.searchsorted(ends, ends_left, side="right")))
+      bins[-1].append((q, q * n + rows.order[start : start + fit]))
+      left, ends_left = left - int(nodes[fit - 1]), ends_left - int(ends[fit - 1])
+      ends_of[-1] += int(ends[fit - 1])
       start += fit
-  return bins
+  return bins, ends_of
 
 
 def fill_bins(
-  prompts: Sequence[Int[np.ndarray, "_"]], tokens: Int[np.ndarray, "B T"], length: Int[np.ndarray, "B"], size: int
+  prompts: Sequence[Int[np.ndarray, "_"]],
+  tokens: Int[np.ndarray, "B T"],
+  length: Int[np.ndarray, "B"],
+  size: int,
+  wanted: Bool[np.ndarray, "B S"] | None = None,
+  behind: int = 0,
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
-  That is `size`, or less where one or two bins then hold as much. Up to 16 bins are filled evenly. No prompts, no bins.
+  That is `size`, or less where one or two bins then hold as much. No prompts, no bins.
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
+    wanted, behind: the prefixes behind each of which so many tokens will follow. A bin holds as many of them as let
+      all bins, with their `branches_of_bin`, have the fewest tokens.
   """
   if not prompts:
     return [], size
   n = len(tokens) // len(prompts)
-  by_query = [_sorted_rows(tokens[i : i + n], length[i : i + n]) for i in range(0, len(tokens), n)]
-  rows, new = [order + q * n for q, (order, _) in enumerate(by_query)], [x for _, x in by_query]
-  cut = functools.partial(_cut, list(map(len, prompts)), rows, new, length)
-  found = cut(size)
-  for eighths in {1: range(1, 8), 2: (6,)}.get(len(found), ()):  # few sizes, which are programs
-    smaller = bucket(size * eighths // 8, smallest=32)
-    again = cut(smaller)
-    if len(again) == len(found):
-      found, size = again, smaller
-      break
-  # Otherwise the last is nearly empty, and all others are full; among more than 16 that hardly matters.
-  for sixteenths in range(16 - 16 // len(found), 16) if len(found) > 1 else ():
-    again = cut(size * sixteenths // 16)
-    if len(again) == len(found):
-      found = again
-      break
+  if wanted is None:
+    wanted = np.zeros((len(tokens), 1), bool)
+  rows = [slice(i, i + n) for i in range(0, len(tokens), n)]
+  queries = [_Rows.of(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
+
+  def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
+    """(tokens, nodes of a bin, most_ends, bins)."""
+    bins, ends = _cut(queries, size, most_ends)
+    return len(bins) * size + behind * sum(map(branches_of_bin, ends)), size, most_ends, bins
+
+  limits = {branches_of_bin(size * k // 8) for k in range(1, 9)} if behind else {size}
+  best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found[0])
+  for eighths in {1: range(1, 8), 2: (6,)}.get(len(best[3]), ()):  # few sizes, which are programs
+    again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best[2])
+    if len(again[3]) == len(best[3]) and again[0] < best[0]:
+      best = again
+  _, size, _, found = best
   bins = []
   for parts in found:
     bins.append([])
@@ -216,7 +248,7 @@ def build_trees(
     return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size)
 
   shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
-  size, most = max(sizes), bucket(max(map(len, shares)))
+  size, most = max(sizes), bucket(max(map(len, shares)), per_octave=2)  # a program takes longest to compile
   node_of = np.zeros((len(tokens), tokens.shape[1] + 1), np.int32)
   for i, bins in enumerate(shares):
     for g, parts in enumerate(bins):

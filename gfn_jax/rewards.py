@@ -21,22 +21,17 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import context_segment, encode_context, masked_logits, without_start
 from gfn_jax.parallel import Devices, over_data, settled
-from gfn_jax.prefix_tree import bin_size, bucket, fill_bins, stack_bins
+from gfn_jax.prefix_tree import bin_size, branches_of_bin, bucket, fill_bins, stack_bins
 from gfn_jax.types import Example, Queries
 
 MAX_TOKENS = 8192  # of a pass of one device call; more bins go into further calls, one at the least
+MAX_TOKENS_OF_CPU = 512  # which is faster with few, that its caches hold; and calls of one bin have the fewest sizes
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 
-def branches_of_bin(most: int) -> int:
-  """How many branches each bin is given, where no bin needs more than `most`."""
-  # They are the largest part of a step's work: a few more programs than of other sizes are soon made up for.
-  return bucket(most, smallest=8, per_octave=8)
-
-
-def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int) -> int:
+def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int, max_tokens: int = MAX_TOKENS) -> int:
   """How many bins a device scores in each of even calls, where a pass has so many `tokens` of a bin."""
-  most = max(1, min(MAX_TOKENS, MAX_LOGITS // vocab_size) // tokens)
+  most = max(1, min(max_tokens, MAX_LOGITS // vocab_size) // tokens)
   of_device = -(-num_bins // num_devices)
   return min(most, bucket(-(-of_device // -(-of_device // most))))
 
@@ -175,30 +170,32 @@ class RewardModel:
     # A prompt that the context stands for altogether keeps its last token, which predicts Z.
     prompts = [row[mask] if mask.any() else row[-1:] for row, mask in zip(prompt_tokens, prompt_mask)]
     size = bin_size(prompt_tokens.shape[1], num_samples, tokens.shape[1], self._config.hidden_size)
-    bins, size = fill_bins(prompts, tokens, length, size)
+    num_targets, lengths = target_tokens.shape[1], target_mask.sum(-1).max(-1)
+    width_of = lambda longest: min(bucket(int(longest)), target_tokens.shape[-1])  # noqa: E731
+    behind = width_of(lengths.max(initial=0)) - 1
+    bins, size = fill_bins(prompts, tokens, length, size, terminable, num_targets * behind)
     # Each target behind every node that is wanted: [bins][parts][nodes].
     ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
-    num_targets = target_tokens.shape[1]
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     if not bins:
       return log_p_prefix, log_p_target
-    branches = branches_of_bin(max(num_targets * sum(map(len, of_bin)) for of_bin in ends))
-    devices, lengths = len(self._devices), target_mask.sum(-1).max(-1)
-    width_of = lambda longest: min(bucket(int(longest)), target_tokens.shape[-1])  # noqa: E731
-    behind = branches * (width_of(lengths.max()) - 1)
-    per_device = bins_of_call(len(bins), devices, max(size, behind), self._config.vocab_size)
+    branches_of = lambda ends: num_targets * branches_of_bin(max(sum(map(len, e)) for e in ends))  # noqa: E731
+    devices, on_cpu = len(self._devices), np.ravel(self._devices)[0].platform == "cpu"
+    max_tokens = MAX_TOKENS_OF_CPU if on_cpu else MAX_TOKENS
+    longest = max(size, branches_of(ends) * behind)
+    per_device = bins_of_call(len(bins), devices, longest, self._config.vocab_size, max_tokens)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)
       width = width_of(max(lengths[part.query] for parts in bins[chunk] for part in parts))
       targets = target_tokens[..., :width], target_mask[..., :width]
-      arrays = self._arrays(bins[chunk], ends[chunk], size, branches, *targets)
+      arrays = self._arrays(bins[chunk], ends[chunk], size, branches_of(ends[chunk]), *targets)
       arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]
       results = self.score_trees(*(x.reshape(devices, per_device, *x.shape[1:]) for x in arrays))
       pending.append((bins[chunk], ends[chunk], results))
     for *chunk, results in pending:
-      results = [np.asarray(r).reshape(-1, branches) for r in results]
+      results = [np.asarray(r).reshape(-1, r.shape[-1]) for r in results]
       for parts, of_bin, prefixes, targets in zip(*chunk, *results):
         first = 0
         for part, nodes in zip(parts, of_bin):

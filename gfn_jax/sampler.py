@@ -438,10 +438,13 @@ class Sampler:
       if not waiting.any():
         break
       answers = self._answers(waiting, np.asarray(state.tokens), np.asarray(state.length))
-      state = state.replace(
-        forced=np.where(waiting[..., None], answers, np.asarray(state.forced)),
-        active=waiting | np.asarray(state.active), waiting=np.zeros_like(waiting),
-      )  # fmt: skip
+      changed = {
+        "forced": np.where(waiting[..., None], answers, np.asarray(state.forced)),
+        "active": waiting | np.asarray(state.active),
+        "waiting": np.zeros_like(waiting),
+      }
+      # Placed as they were, or the same round would be compiled once more.
+      state = state.replace(**{k: jax.device_put(x, getattr(state, k).sharding) for k, x in changed.items()})
       state = self.decode(rollout.lora, prefix, rollout.temperature, state)
     fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
     rows = (np.asarray(x).reshape(-1, *x.shape[3:]) for x in fields)

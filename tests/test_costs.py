@@ -51,9 +51,9 @@ def programs(config, model):
   p, c, y = LENGTHS.prompt, LENGTHS.context, LENGTHS.target
   q, n, t = 3, config.sampler.num_samples, config.sampler.max_length
   layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
-  # A query is 8 + 4 * 24 nodes: two bins of 160 hold one each and half of a third. Each has 97 + 49 prefixes to score,
-  # of which programs have 160.
-  g, u, m = 2, 160, 160
+  # A query is 8 + 4 * 24 nodes: two bins of 192 hold seven samples and five, with 170 and 122 prefixes, which are 192
+  # branches.
+  g, u, m = 2, 192, 192
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   lora_config = costs._Passes(config, Layout("wide", model, 1, 1)).lora
   lora = jax.eval_shape(lambda: init_lora(model, lora_config, jax.random.key(0)))
@@ -281,13 +281,13 @@ def test_work_follows_the_config():
   assert one[LOSS].flops == pytest.approx(base[LOSS].flops, rel=0.2) and one[LOSS].bytes < base[LOSS].bytes
   config.loss.num_prefixes = 4  # of up to 27, and of distinct prefixes fewer
   some = costs.step_work(config, layout, Lengths())
-  assert some["reward trunk"].flops == one["reward trunk"].flops  # in fewer calls
+  assert some["reward trunk"].flops <= one["reward trunk"].flops  # bins need not be cut for their branches
   nodes = config.sampler.num_samples * config.sampler.max_length
   share = some["reward branch"].flops / one["reward branch"].flops
   assert share == pytest.approx(4 * config.sampler.num_samples / (nodes + 1), rel=0.2)  # bins are not quite full
   config.loss.num_prefixes, config.loss.name = None, "vargrad"
   whole = costs.step_work(config, layout, Lengths())
-  assert whole["reward branch"].flops == pytest.approx(some["reward branch"].flops / 4, rel=0.2)
+  assert 1 <= 4 * whole["reward branch"].flops / some["reward branch"].flops < 1.6  # 18 of a bin are 24 branches
   config.loss.name = "subtb"
   config.behavior.buffer, config.behavior.tempered = 1.0, 0.0  # all is replayed
   replayed = costs.step_work(config, layout, Lengths())

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from gfn_jax import policy
-from gfn_jax.prefix_tree import bin_size, bucket, build_tree, build_trees, fill_bins, stack_bins
+from gfn_jax.prefix_tree import bin_size, branches_of_bin, bucket, build_tree, build_trees, fill_bins, stack_bins
 from testing import random_lora, tiny_pretrained
 
 
@@ -105,12 +105,21 @@ def test_samples_that_share_much_stay_together():
   assert [np.flatnonzero(ancestors[1, node]).tolist() for node in (3, 7)] == [[0, 1, 2, 3], [5, 6, 7]]
 
 
-def test_bins_are_filled_evenly():
-  """Four, of at most 9 nodes, though 11 would fit."""
-  tokens = np.array(ALIKE + [[i, i, i, i] for i in (1, 2, 3, 4)], np.int32)
-  bins, size = fill_bins([np.array([2])] * 2, tokens, np.full(8, 4, np.int32), 11)
-  assert size == 11
-  assert parts_of(bins) == [[(0, [3, 2], 0, 9)], [(0, [0, 1], 0, 6)], [(1, [4, 5], 0, 9)], [(1, [6, 7], 0, 9)]]
+def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
+  """Of 18 unlike samples of four tokens behind two prompts of one, 72 prefixes: 40 nodes are nine samples."""
+  tokens = np.arange(72, dtype=np.int32).reshape(18, 4)
+  every, whole = (np.tile(np.arange(5) >= least, (18, 1)) for least in (1, 4))
+  fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
+  samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
+  assert [branches_of_bin(n) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
+  assert samples(fill()) == [9, 9]
+  # 36 prefixes are 48 branches, those of eight samples 32: so 2 * 40 nodes and 96 branches, or 3 * 40 and 72. The
+  # second is less where ten tokens are behind each.
+  assert samples(fill(every, 1)) == [9, 9]
+  assert samples(fill(every, 10)) == [8, 8, 2]
+  assert samples(fill(whole, 1)) == [9, 9]
+  alone = fill_bins([np.array([2])], tokens.reshape(1, 72)[:, :30], np.array([30]), 40, np.ones((1, 31), bool), 100)
+  assert samples(alone) == [1]  # more than 8, 12, 16 and 24, and no bin without it
 
 
 def test_one_or_two_bins_are_no_larger_than_they_must():

@@ -213,8 +213,8 @@ def several_queries(family):
   (
     ("gptj", {}),
     ("gptj", {"MIN_NODES": 12}),
-    ("gptj", {"MAX_TOKENS": 1, "MIN_NODES": 40}),
-    ("gpt2", {"MAX_TOKENS": 300, "MIN_NODES": 40}),
+    ("gptj", {"MAX_TOKENS_OF_CPU": 1, "MIN_NODES": 40}),
+    ("gpt2", {"MAX_TOKENS_OF_CPU": 300, "MIN_NODES": 40}),
   ),
 )
 def test_several_queries(family, change, monkeypatch):
@@ -237,14 +237,16 @@ def test_a_call_holds_few_tokens(monkeypatch):
   score = model.score_trees
   monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append([x.shape for x in arrays]) or score(*arrays))
   for most in (60, 20_000):
-    monkeypatch.setattr(rewards, "MAX_TOKENS", most)
+    monkeypatch.setattr(rewards, "MAX_TOKENS_OF_CPU", most)
     np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
   *single, whole = [trunk for trunk, *_ in calls]
   assert len(single) > 2 and single == [(1, 1, 32)] * len(single)
   assert whole == (1, bucket(len(single)), 32)
-  # Short targets first, each call as wide as its longest.
+  # Short targets first, each call as wide as its longest, and with as many branches as its fullest bin.
   *widths, widest = [target[-1] for *_, target, _ in calls]
   assert widths == sorted(widths) and widths[0] == 1 and widths[-1] == widest == 5
+  *branches, most = [target[2] for *_, target, _ in calls]
+  assert len(set(branches)) > 1 and max(branches) == most
 
 
 def test_no_queries():

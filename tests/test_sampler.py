@@ -25,6 +25,7 @@ from enumeration import (
   total_variation,
 )
 from gfn_jax import policy
+from gfn_jax.benchmark.stopwatch import CompileLog
 from gfn_jax.data import pad_left
 from gfn_jax.models import logits
 from gfn_jax.sampler import PATIENCE, Sampler, block_size, draw_index, filter_tokens, nucleus
@@ -503,7 +504,9 @@ def test_a_round_ends_when_too_many_rows_wait():
   )
   waiting, active = (int(np.asarray(x).sum()) for x in (rollout.state.waiting, rollout.state.active))
   assert active > waiting > PATIENCE * active
-  z = make_sampler(pretrained, max_length=max_length).finish(rollout)
+  with CompileLog() as log:
+    z = make_sampler(pretrained, max_length=max_length).finish(rollout)
+  assert not log.seconds  # all rounds are one program
   assert check_tool_rows(z, tool, max_length)["answered"]
 
 
