@@ -10,6 +10,7 @@ import numpy as np
 
 from gfn_jax import distributed
 from gfn_jax.models.partition import MODEL_AXIS
+from gfn_jax.prefix_tree import PADDING, PADDING_ON_CPU, Padding
 
 DATA_AXIS = "data"
 
@@ -40,6 +41,11 @@ def num_shares(num_model: int) -> int:
 def is_split(devices: Devices) -> bool:
   """Whether they are groups."""
   return isinstance(devices[0], tuple)
+
+
+def padding_of(devices: Devices) -> Padding:
+  """How calls on them are padded."""
+  return PADDING_ON_CPU if np.ravel(devices)[0].platform == "cpu" else PADDING
 
 
 def mesh_of(devices: Devices) -> Mesh:

@@ -7,6 +7,7 @@ prompt once more.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from jaxtyping import Bool, Int
@@ -17,6 +18,28 @@ from gfn_jax.types import Trees
 # Nodes of a bin: as many as the model is wide, within these bounds, so that attention stays a small part of a layer's
 # work. In smaller bins more prompts stand twice; hence at least so many of the longest, where samples take them.
 MIN_NODES, MAX_NODES, PROMPTS_OF_BIN = 192, 512, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Padding:
+  """To which sizes calls are padded: each is a program to compile.
+
+  Attributes:
+    loss_bins, branches: how many sizes from one power of two to the next a loss has bins, and a bin branches.
+    tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
+    alike: a call of the rewards holds several bins, and each is given as many branches.
+  """
+
+  loss_bins: int
+  branches: int
+  tokens_of_call: int
+  alike: bool
+
+
+# What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
+# and is faster with calls that its caches hold.
+PADDING = Padding(loss_bins=4, branches=8, tokens_of_call=8192, alike=True)
+PADDING_ON_CPU = Padding(loss_bins=2, branches=2, tokens_of_call=512, alike=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,9 +130,9 @@ def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -
   return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
 
-def branches_of_bin(most: int) -> int:
+def branches_of_bin(most: int, padding: Padding = PADDING) -> int:
   """How many branches each bin is given, where none needs more than `most`."""
-  return bucket(most, smallest=8, per_octave=2)
+  return bucket(most, smallest=8, per_octave=padding.branches)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,8 +158,12 @@ class _Rows:
     tokens, length, wanted = tokens[order], length[order], wanted[order]
     alike = np.cumprod(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
     common = np.append(0, np.minimum(alike, np.minimum(length[1:], length[:-1])))
-    new_ends = (wanted & (np.arange(wanted.shape[1]) > common[:, None])).sum(axis=1)
-    return cls(prompt, order, length, wanted.sum(axis=1), length - common, new_ends)
+    met, new_ends = np.zeros(wanted.shape[1], bool), []  # wanted by a sample before, which begins alike
+    for own, n in zip(wanted, common):
+      met &= np.arange(len(met)) <= n
+      new_ends.append(int((own & ~met).sum()))
+      met |= own
+    return cls(prompt, order, length, wanted.sum(axis=1), length - common, np.array(new_ends))
 
 
 def _cut(
@@ -144,7 +171,8 @@ def _cut(
 ) -> tuple[list[list[tuple[int, np.ndarray]]], list[int]]:
   """Bins of `size` nodes, a query after another: (query, rows) of the parts of each, and how many prefixes are wanted.
 
-  These are at most `most_ends`, but for those of a bin's first row. No bins where a row has more than `size` nodes.
+  These are at most `most_ends`, but for those of a bin's first row, and those that only rows of the bin before it want
+  among what it begins with. No bins where a row has more than `size` nodes.
   """
   bins, ends_of, left, ends_left = [], [], 0, 0
   for q, rows in enumerate(queries):
@@ -174,6 +202,7 @@ def fill_bins(
   size: int,
   wanted: Bool[np.ndarray, "B S"] | None = None,
   behind: int = 0,
+  padding: Padding = PADDING,
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
@@ -181,8 +210,8 @@ def fill_bins(
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
-    wanted, behind: the prefixes behind each of which so many tokens will follow. A bin holds as many of them as let
-      all bins, with their `branches_of_bin`, have the fewest tokens.
+    wanted, behind: the prefixes behind each of which so many tokens will follow. Of eight limits of how many of them a
+      bin may hold, that is taken with which all bins, padded, have the fewest tokens.
   """
   if not prompts:
     return [], size
@@ -191,13 +220,15 @@ def fill_bins(
     wanted = np.zeros((len(tokens), 1), bool)
   rows = [slice(i, i + n) for i in range(0, len(tokens), n)]
   queries = [_Rows.of(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
+  branches_of = functools.partial(branches_of_bin, padding=padding)
 
   def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
     """(tokens, nodes of a bin, most_ends, bins)."""
     bins, ends = _cut(queries, size, most_ends)
-    return len(bins) * size + behind * sum(map(branches_of_bin, ends)), size, most_ends, bins
+    branches = [max(map(branches_of, ends), default=0)] * len(ends) if padding.alike else map(branches_of, ends)
+    return len(bins) * size + behind * sum(branches), size, most_ends, bins
 
-  limits = {branches_of_bin(size * k // 8) for k in range(1, 9)} if behind else {size}
+  limits = {branches_of(size * k // 8) for k in range(1, 9)} if behind else {size}
   best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found[0])
   for eighths in {1: range(1, 8), 2: (6,)}.get(len(best[3]), ()):  # few sizes, which are programs
     again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best[2])
@@ -235,6 +266,7 @@ def build_trees(
   length: Int[np.ndarray, "B"],
   size: int,
   num_shares: int = 1,
+  padding: Padding = PADDING,
 ) -> Trees:
   """Trees of a batch whose queries fall into `num_shares`, one after another: as many bins for each.
 
@@ -248,7 +280,7 @@ def build_trees(
     return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size)
 
   shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
-  size, most = max(sizes), bucket(max(map(len, shares)), per_octave=2)  # a program takes longest to compile
+  size, most = max(sizes), bucket(max(map(len, shares)), per_octave=padding.loss_bins)
   node_of = np.zeros((len(tokens), tokens.shape[1] + 1), np.int32)
   for i, bins in enumerate(shares):
     for g, parts in enumerate(bins):

@@ -20,18 +20,16 @@ from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import context_segment, encode_context, masked_logits, without_start
-from gfn_jax.parallel import Devices, over_data, settled
-from gfn_jax.prefix_tree import bin_size, branches_of_bin, bucket, fill_bins, stack_bins
+from gfn_jax.parallel import Devices, over_data, padding_of, settled
+from gfn_jax.prefix_tree import PADDING, Padding, bin_size, branches_of_bin, bucket, fill_bins, stack_bins
 from gfn_jax.types import Example, Queries
 
-MAX_TOKENS = 8192  # of a pass of one device call; more bins go into further calls, one at the least
-MAX_TOKENS_OF_CPU = 512  # which is faster with few, that its caches hold; and calls of one bin have the fewest sizes
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 
-def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int, max_tokens: int = MAX_TOKENS) -> int:
+def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int, padding: Padding = PADDING) -> int:
   """How many bins a device scores in each of even calls, where a pass has so many `tokens` of a bin."""
-  most = max(1, min(max_tokens, MAX_LOGITS // vocab_size) // tokens)
+  most = max(1, min(padding.tokens_of_call, MAX_LOGITS // vocab_size) // tokens)
   of_device = -(-num_bins // num_devices)
   return min(most, bucket(-(-of_device // -(-of_device // most))))
 
@@ -127,6 +125,7 @@ class RewardModel:
     self._config, self._lora = pretrained.config, lora
     self._params = pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
+    self._padding = padding_of(self._devices)
     self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
     encode, self._score = _compiled(self._config, stop_token_id, tuple(self._devices))
@@ -173,18 +172,19 @@ class RewardModel:
     num_targets, lengths = target_tokens.shape[1], target_mask.sum(-1).max(-1)
     width_of = lambda longest: min(bucket(int(longest)), target_tokens.shape[-1])  # noqa: E731
     behind = width_of(lengths.max(initial=0)) - 1
-    bins, size = fill_bins(prompts, tokens, length, size, terminable, num_targets * behind)
+    bins, size = fill_bins(prompts, tokens, length, size, terminable, num_targets * behind, self._padding)
     # Each target behind every node that is wanted: [bins][parts][nodes].
     ends = [[np.unique(part.tree.node_of[terminable[part.rows]]) for part in parts] for parts in bins]
     log_p_prefix = np.zeros(terminable.shape, np.float32)
     log_p_target = np.zeros((*terminable.shape, num_targets), np.float32)
     if not bins:
       return log_p_prefix, log_p_target
-    branches_of = lambda ends: num_targets * branches_of_bin(max(sum(map(len, e)) for e in ends))  # noqa: E731
-    devices, on_cpu = len(self._devices), np.ravel(self._devices)[0].platform == "cpu"
-    max_tokens = MAX_TOKENS_OF_CPU if on_cpu else MAX_TOKENS
-    longest = max(size, branches_of(ends) * behind)
-    per_device = bins_of_call(len(bins), devices, longest, self._config.vocab_size, max_tokens)
+
+    def branches_of(ends: list) -> int:
+      return num_targets * branches_of_bin(max(sum(map(len, of_bin)) for of_bin in ends), self._padding)
+
+    devices, longest = len(self._devices), max(size, branches_of(ends) * behind)
+    per_device = bins_of_call(len(bins), devices, longest, self._config.vocab_size, self._padding)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)

@@ -51,9 +51,9 @@ def programs(config, model):
   p, c, y = LENGTHS.prompt, LENGTHS.context, LENGTHS.target
   q, n, t = 3, config.sampler.num_samples, config.sampler.max_length
   layers, heads, dim = model.num_layers, model.num_kv_heads, model.head_dim
-  # A query is 8 + 4 * 24 nodes: two bins of 192 hold seven samples and five, with 170 and 122 prefixes, which are 192
-  # branches.
-  g, u, m = 2, 192, 192
+  # A query is 8 + 4 * 24 nodes: two bins of 160 hold one each and half of a third. Each has 97 + 49 prefixes to score,
+  # of which programs have 160.
+  g, u, m = 2, 160, 160
   params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
   lora_config = costs._Passes(config, Layout("wide", model, 1, 1)).lora
   lora = jax.eval_shape(lambda: init_lora(model, lora_config, jax.random.key(0)))

@@ -1,5 +1,6 @@
 """Prefix trees: each distinct prefix once, every prefix of every sample found again, the same scores as row by row."""
 
+import dataclasses
 import functools
 
 from hypothesis import given, settings
@@ -9,8 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import policy
-from gfn_jax.prefix_tree import bin_size, branches_of_bin, bucket, build_tree, build_trees, fill_bins, stack_bins
+from gfn_jax import policy, prefix_tree
+from gfn_jax.prefix_tree import (
+  PADDING_ON_CPU,
+  bin_size,
+  branches_of_bin,
+  bucket,
+  build_tree,
+  build_trees,
+  fill_bins,
+  stack_bins,
+)
 from testing import random_lora, tiny_pretrained
 
 
@@ -111,15 +121,32 @@ def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
   every, whole = (np.tile(np.arange(5) >= least, (18, 1)) for least in (1, 4))
   fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
   samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
-  assert [branches_of_bin(n) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
+  cpu, alike = PADDING_ON_CPU, dataclasses.replace(PADDING_ON_CPU, alike=True)
+  assert [branches_of_bin(n, cpu) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
+  assert [branches_of_bin(n) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert samples(fill()) == [9, 9]
   # 36 prefixes are 48 branches, those of eight samples 32: so 2 * 40 nodes and 96 branches, or 3 * 40 and 72. The
-  # second is less where ten tokens are behind each.
-  assert samples(fill(every, 1)) == [9, 9]
-  assert samples(fill(every, 10)) == [8, 8, 2]
-  assert samples(fill(whole, 1)) == [9, 9]
-  alone = fill_bins([np.array([2])], tokens.reshape(1, 72)[:, :30], np.array([30]), 40, np.ones((1, 31), bool), 100)
-  assert samples(alone) == [1]  # more than 8, 12, 16 and 24, and no bin without it
+  # second is less where ten tokens are behind each. So are three bins
+  # of 24 each, where all must have as many.
+  assert samples(fill(every, 1, cpu)) == [9, 9]
+  assert samples(fill(every, 10, cpu)) == [8, 8, 2]
+  assert samples(fill(every, 10, alike)) == [6, 6, 6]
+  assert samples(fill(whole, 1, cpu)) == [9, 9]
+  # A sample of more than 8, 12, 16 and 24 is in a bin all the same.
+  long, every = tokens.reshape(1, 72)[:, :30], np.ones((1, 31), bool)
+  assert samples(fill_bins([np.array([2])], long, np.array([30]), 40, every, 100, cpu)) == [1]
+
+
+def test_wanted_prefixes_are_counted_once():
+  """Of samples that begin alike, each of which wants others."""
+  tokens = np.array([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]], np.int32)
+  wanted = np.array([[0, 1, 0, 0, 1], [0, 1, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 1]], bool)
+  length = np.full(5, 4)
+  rows = prefix_tree._Rows.of(1, tokens, length, wanted)
+  tree = build_tree(np.array([2]), tokens, length)
+  for n in range(1, 6):
+    known = rows.order[:n]
+    assert rows.ends[0] + rows.new_ends[1:n].sum() == len(np.unique(tree.node_of[known][wanted[known]]))
 
 
 def test_one_or_two_bins_are_no_larger_than_they_must():
@@ -136,7 +163,6 @@ def test_one_or_two_bins_are_no_larger_than_they_must():
 def test_sizes():
   assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
   assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
-  assert [bucket(n, per_octave=8) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert [bin_size(20, 8, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
   # Four long prompts; a query altogether; a prompt with a sample.
   assert [bin_size(*sizes, 64) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]

@@ -1,5 +1,6 @@
 """Prefix rewards: the reference's numbers, one forward pass a prefix, and the tree that saves them."""
 
+import dataclasses
 import functools
 import json
 
@@ -7,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gfn_jax import policy, prefix_tree, rewards
+from gfn_jax import policy, prefix_tree
 from gfn_jax.data import pad_left, pad_right, query_table
 from gfn_jax.models import load_pretrained, logits
-from gfn_jax.prefix_tree import bucket
+from gfn_jax.prefix_tree import PADDING, PADDING_ON_CPU, bucket
 from gfn_jax.rewards import Reward, RewardModel, prefix_log_rewards, whole_log_rewards
 from gfn_jax.task import Task
 from gfn_jax.types import Example
@@ -209,19 +210,21 @@ def several_queries(family):
 
 
 @pytest.mark.parametrize(
-  "family, change",
+  "family, min_nodes, padding",
   (
-    ("gptj", {}),
-    ("gptj", {"MIN_NODES": 12}),
-    ("gptj", {"MAX_TOKENS_OF_CPU": 1, "MIN_NODES": 40}),
-    ("gpt2", {"MAX_TOKENS_OF_CPU": 300, "MIN_NODES": 40}),
+    ("gptj", 192, PADDING_ON_CPU),
+    ("gptj", 192, PADDING),
+    ("gptj", 12, PADDING_ON_CPU),
+    ("gptj", 40, dataclasses.replace(PADDING_ON_CPU, tokens_of_call=1)),
+    ("gpt2", 40, dataclasses.replace(PADDING, tokens_of_call=300)),
   ),
 )
-def test_several_queries(family, change, monkeypatch):
-  for name, value in change.items():
-    monkeypatch.setattr(prefix_tree if name == "MIN_NODES" else rewards, name, value)
+def test_several_queries(family, min_nodes, padding, monkeypatch):
+  monkeypatch.setattr(prefix_tree, "MIN_NODES", min_nodes)
   pretrained, allowed, batch, expected = several_queries(family)
   model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), allowed_tokens=allowed)
+  assert model._padding == PADDING_ON_CPU
+  model._padding = padding
   ours = scored(model, batch)
   np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
   np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
@@ -237,7 +240,7 @@ def test_a_call_holds_few_tokens(monkeypatch):
   score = model.score_trees
   monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append([x.shape for x in arrays]) or score(*arrays))
   for most in (60, 20_000):
-    monkeypatch.setattr(rewards, "MAX_TOKENS_OF_CPU", most)
+    model._padding = dataclasses.replace(PADDING_ON_CPU, tokens_of_call=most)
     np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
   *single, whole = [trunk for trunk, *_ in calls]
   assert len(single) > 2 and single == [(1, 1, 32)] * len(single)

@@ -500,8 +500,8 @@ def test_a_round_ends_when_too_many_rows_wait():
   pretrained, max_length = tiny_pretrained(seed=6), 7
   tool = FakeTool(pretrained.config.vocab_size)
   rollout = make_sampler(pretrained, max_length=max_length).begin(
-    random_lora(pretrained), *pad_left(PROMPTS), num_samples=200, temperature=np.full(4, 3.0), key=jax.random.key(6)
-  )
+    random_lora(pretrained), *pad_left(PROMPTS), num_samples=201, temperature=np.full(4, 3.0), key=jax.random.key(6)
+  )  # as many as nothing before has compiled for
   waiting, active = (int(np.asarray(x).sum()) for x in (rollout.state.waiting, rollout.state.active))
   assert active > waiting > PATIENCE * active
   with CompileLog() as log:
