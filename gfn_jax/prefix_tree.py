@@ -26,20 +26,22 @@ class Padding:
 
   Attributes:
     loss_bins, branches: how many sizes from one power of two to the next a loss has bins, and a bin branches.
+    fewest_branches: of a bin.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
     alike: a call of the rewards holds several bins, and each is given as many branches.
   """
 
   loss_bins: int
   branches: int
+  fewest_branches: int
   tokens_of_call: int
   alike: bool
 
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING = Padding(loss_bins=4, branches=8, tokens_of_call=8192, alike=True)
-PADDING_ON_CPU = Padding(loss_bins=2, branches=2, tokens_of_call=512, alike=False)
+PADDING = Padding(loss_bins=4, branches=8, fewest_branches=8, tokens_of_call=8192, alike=True)
+PADDING_ON_CPU = Padding(loss_bins=2, branches=2, fewest_branches=32, tokens_of_call=256, alike=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +134,7 @@ def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -
 
 def branches_of_bin(most: int, padding: Padding = PADDING) -> int:
   """How many branches each bin is given, where none needs more than `most`."""
-  return bucket(most, smallest=8, per_octave=padding.branches)
+  return bucket(most, padding.fewest_branches, padding.branches)
 
 
 @dataclasses.dataclass(frozen=True)

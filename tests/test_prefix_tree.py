@@ -121,13 +121,13 @@ def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
   every, whole = (np.tile(np.arange(5) >= least, (18, 1)) for least in (1, 4))
   fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
   samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
-  cpu, alike = PADDING_ON_CPU, dataclasses.replace(PADDING_ON_CPU, alike=True)
+  cpu = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8)
+  alike = dataclasses.replace(cpu, alike=True)
   assert [branches_of_bin(n, cpu) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
   assert [branches_of_bin(n) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert samples(fill()) == [9, 9]
   # 36 prefixes are 48 branches, those of eight samples 32: so 2 * 40 nodes and 96 branches, or 3 * 40 and 72. The
-  # second is less where ten tokens are behind each. So are three bins
-  # of 24 each, where all must have as many.
+  # second is less where ten tokens are behind each. So are three bins of 24 each, where all must have as many.
   assert samples(fill(every, 1, cpu)) == [9, 9]
   assert samples(fill(every, 10, cpu)) == [8, 8, 2]
   assert samples(fill(every, 10, alike)) == [6, 6, 6]

@@ -240,7 +240,7 @@ def test_a_call_holds_few_tokens(monkeypatch):
   score = model.score_trees
   monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append([x.shape for x in arrays]) or score(*arrays))
   for most in (60, 20_000):
-    model._padding = dataclasses.replace(PADDING_ON_CPU, tokens_of_call=most)
+    model._padding = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8, tokens_of_call=most)
     np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
   *single, whole = [trunk for trunk, *_ in calls]
   assert len(single) > 2 and single == [(1, 1, 32)] * len(single)
