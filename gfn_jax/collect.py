@@ -12,8 +12,8 @@ from gfn_jax import data
 from gfn_jax.config import num_micro_batches
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Lora
-from gfn_jax.parallel import padding_of
-from gfn_jax.prefix_tree import bin_size, build_trees
+from gfn_jax.parallel import platform_of
+from gfn_jax.prefix_tree import bin_size, build_trees, padding_of
 from gfn_jax.replay import ReplayBuffer
 from gfn_jax.sampler import Rollout
 from gfn_jax.types import Batch, Queries, Trajectory, terminable_prefixes
@@ -227,7 +227,8 @@ class Collector:
     q = self.table[query_ids]
     prompts = [row[mask] for row, mask in zip(q.prompt_tokens, q.prompt_mask)]
     size = bin_size(q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1], self._model.hidden_size)
-    trees = build_trees(prompts, tokens, length, size, self._num_shares, padding_of(self._sampler.devices))
+    padding = padding_of(platform_of(self._sampler.devices))
+    trees = build_trees(prompts, tokens, length, size, self._num_shares, padding)
     return Batch(
       query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask) & ~np.isnan(log_reward), log_reward, trees,

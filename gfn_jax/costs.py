@@ -21,7 +21,7 @@ from gfn_jax.layouts import Layout
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models.architectures import lora_targets
 from gfn_jax.models.lora import LoraConfig
-from gfn_jax.prefix_tree import bin_size, branches_of_bin, build_trees, fill_bins, unlike_samples
+from gfn_jax.prefix_tree import PADDING, bin_size, branches_of_bin, build_trees, fill_bins, unlike_samples
 from gfn_jax.rewards import bins_of_call
 from gfn_jax.shards import shard_of, summed_bytes, summed_gradient_bytes
 
@@ -138,12 +138,12 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   # The whole sample among the prefixes that are wanted, and the trunk scores Y's first token.
   scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1
   wanted = np.tile(np.arange(t + 1) > t - scored, (rows, 1))
-  bins, size = fill_bins(*unlike_samples(fresh, samples, p, t), largest, wanted, y - 1)
+  bins, size = fill_bins(*unlike_samples(fresh, samples, p, t), largest, wanted, y - 1, PADDING)
   trunk, branch = Work(), Work()
   if bins:
     ends = (sum(min(len(x.tree) - p + 1, len(x.rows) * scored) for x in parts) for parts in bins)
-    behind = branches_of_bin(max(ends)) * (y - 1)  # tokens of a bin's branches
-    of_call = bins_of_call(len(bins), 1, max(size, behind), layout.model.vocab_size)
+    behind = branches_of_bin(max(ends), PADDING) * (y - 1)  # tokens of a bin's branches
+    of_call = bins_of_call(len(bins), 1, max(size, behind), layout.model.vocab_size, PADDING)
     nodes, behind, keys, calls = of_call * size, of_call * behind, lengths.context + size, -(-len(bins) // of_call)
     trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context) * calls
     if behind:

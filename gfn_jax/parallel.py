@@ -10,7 +10,6 @@ import numpy as np
 
 from gfn_jax import distributed
 from gfn_jax.models.partition import MODEL_AXIS
-from gfn_jax.prefix_tree import PADDING, PADDING_ON_CPU, Padding
 
 DATA_AXIS = "data"
 
@@ -43,9 +42,9 @@ def is_split(devices: Devices) -> bool:
   return isinstance(devices[0], tuple)
 
 
-def padding_of(devices: Devices) -> Padding:
-  """How calls on them are padded."""
-  return PADDING_ON_CPU if np.ravel(devices)[0].platform == "cpu" else PADDING
+def platform_of(devices: Devices) -> str:
+  """"cpu", "gpu" or "tpu"."""
+  return np.ravel(devices)[0].platform
 
 
 def mesh_of(devices: Devices) -> Mesh:

@@ -28,20 +28,25 @@ class Padding:
     loss_bins, branches: how many sizes from one power of two to the next a loss has bins, and a bin branches.
     fewest_branches: of a bin.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
-    alike: a call of the rewards holds several bins, and each is given as many branches.
+    several_bins: a call of the rewards holds several, and each is given as many branches.
   """
 
   loss_bins: int
   branches: int
   fewest_branches: int
   tokens_of_call: int
-  alike: bool
+  several_bins: bool
 
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING = Padding(loss_bins=4, branches=8, fewest_branches=8, tokens_of_call=8192, alike=True)
-PADDING_ON_CPU = Padding(loss_bins=2, branches=2, fewest_branches=32, tokens_of_call=256, alike=False)
+PADDING = Padding(loss_bins=4, branches=8, fewest_branches=8, tokens_of_call=8192, several_bins=True)
+PADDING_ON_CPU = Padding(loss_bins=2, branches=2, fewest_branches=32, tokens_of_call=256, several_bins=False)
+
+
+def padding_of(platform: str) -> Padding:
+  """How calls of a platform's devices are padded."""
+  return PADDING_ON_CPU if platform == "cpu" else PADDING
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,40 +137,41 @@ def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -
   return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
 
-def branches_of_bin(most: int, padding: Padding = PADDING) -> int:
+def branches_of_bin(most: int, padding: Padding) -> int:
   """How many branches each bin is given, where none needs more than `most`."""
   return bucket(most, padding.fewest_branches, padding.branches)
 
 
-@dataclasses.dataclass(frozen=True)
 class _Rows:
   """N samples of a query, in the order of a dictionary.
 
   Attributes:
     prompt: its tokens. order: int [N], which sample. length: int [N].
-    ends: int [N], of its prefixes, how many are wanted.
-    new, new_ends: int [N], of tokens and of these prefixes, how many the sample before it does not begin with.
+    new: int [N], how many tokens of each the one before it does not begin with.
   """
 
-  prompt: int
-  order: np.ndarray
-  length: np.ndarray
-  ends: np.ndarray
-  new: np.ndarray
-  new_ends: np.ndarray
-
-  @classmethod
-  def of(cls, prompt: int, tokens: np.ndarray, length: np.ndarray, wanted: np.ndarray) -> "_Rows":
-    order = np.lexsort((length, *tokens.T[::-1]))
-    tokens, length, wanted = tokens[order], length[order], wanted[order]
+  def __init__(self, prompt: int, tokens: np.ndarray, length: np.ndarray, wanted: np.ndarray):
+    self.prompt, self.order = prompt, np.lexsort((length, *tokens.T[::-1]))
+    tokens, self.length, self._wanted = tokens[self.order], length[self.order], wanted[self.order]
     alike = np.cumprod(tokens[1:] == tokens[:-1], axis=1).sum(axis=1)
-    common = np.append(0, np.minimum(alike, np.minimum(length[1:], length[:-1])))
-    met, new_ends = np.zeros(wanted.shape[1], bool), []  # wanted by a sample before, which begins alike
-    for own, n in zip(wanted, common):
-      met &= np.arange(len(met)) <= n
-      new_ends.append(int((own & ~met).sum()))
-      met |= own
-    return cls(prompt, order, length, wanted.sum(axis=1), length - common, np.array(new_ends))
+    self._common = np.append(0, np.minimum(alike, np.minimum(self.length[1:], self.length[:-1])))
+    self.new = self.length - self._common
+    self._ends: dict[int, np.ndarray] = {}
+
+  def nodes_from(self, start: int) -> np.ndarray:
+    """int [N - start], the nodes of a tree of the rows `start` to each; all of the first are new."""
+    return self.prompt + self.length[start] + np.cumsum(np.append(0, self.new[start + 1 :]))
+
+  def ends_from(self, start: int) -> np.ndarray:
+    """int [N - start], the distinct wanted prefixes of such a tree."""
+    if start not in self._ends:
+      met, new = np.zeros(self._wanted.shape[1], bool), []  # of what the row before begins with
+      for own, common in zip(self._wanted[start:], self._common[start:]):
+        met &= np.arange(len(met)) <= common
+        new.append(int((own & ~met).sum()))
+        met |= own
+      self._ends[start] = np.cumsum(new)
+    return self._ends[start]
 
 
 def _cut(
@@ -173,16 +179,13 @@ def _cut(
 ) -> tuple[list[list[tuple[int, np.ndarray]]], list[int]]:
   """Bins of `size` nodes, a query after another: (query, rows) of the parts of each, and how many prefixes are wanted.
 
-  These are at most `most_ends`, but for those of a bin's first row, and those that only rows of the bin before it want
-  among what it begins with. No bins where a row has more than `size` nodes.
+  These are at most `most_ends`, but for those of a bin's first row. No bins where a row has more than `size` nodes.
   """
   bins, ends_of, left, ends_left = [], [], 0, 0
   for q, rows in enumerate(queries):
     start, n = 0, len(rows.order)
     while start < n:
-      # All of the first row is new: what it shares with the one before stands in another bin.
-      nodes = rows.prompt + rows.length[start] + np.cumsum(np.append(0, rows.new[start + 1 :]))
-      ends = rows.ends[start] + np.cumsum(np.append(0, rows.new_ends[start + 1 :]))
+      nodes, ends = rows.nodes_from(start), rows.ends_from(start)
       if nodes[0] > size:
         return [], []
       if nodes[0] > left or ends[0] > ends_left:
@@ -212,8 +215,8 @@ def fill_bins(
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
-    wanted, behind: the prefixes behind each of which so many tokens will follow. Of eight limits of how many of them a
-      bin may hold, that is taken with which all bins, padded, have the fewest tokens.
+    wanted, behind: the prefixes behind each of which so many tokens will follow. Of up to eight limits of how many of
+      them a bin may hold, that is taken with which the bins have the fewest tokens, of nodes and of branches.
   """
   if not prompts:
     return [], size
@@ -221,13 +224,13 @@ def fill_bins(
   if wanted is None:
     wanted = np.zeros((len(tokens), 1), bool)
   rows = [slice(i, i + n) for i in range(0, len(tokens), n)]
-  queries = [_Rows.of(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
+  queries = [_Rows(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
   branches_of = functools.partial(branches_of_bin, padding=padding)
 
   def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
     """(tokens, nodes of a bin, most_ends, bins)."""
     bins, ends = _cut(queries, size, most_ends)
-    branches = [max(map(branches_of, ends), default=0)] * len(ends) if padding.alike else map(branches_of, ends)
+    branches = [max(map(branches_of, ends), default=0)] * len(ends) if padding.several_bins else map(branches_of, ends)
     return len(bins) * size + behind * sum(branches), size, most_ends, bins
 
   limits = {branches_of(size * k // 8) for k in range(1, 9)} if behind else {size}

@@ -20,14 +20,14 @@ from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import context_segment, encode_context, masked_logits, without_start
-from gfn_jax.parallel import Devices, over_data, padding_of, settled
-from gfn_jax.prefix_tree import PADDING, Padding, bin_size, branches_of_bin, bucket, fill_bins, stack_bins
+from gfn_jax.parallel import Devices, over_data, platform_of, settled
+from gfn_jax.prefix_tree import Padding, bin_size, branches_of_bin, bucket, fill_bins, padding_of, stack_bins
 from gfn_jax.types import Example, Queries
 
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
 
 
-def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int, padding: Padding = PADDING) -> int:
+def bins_of_call(num_bins: int, num_devices: int, tokens: int, vocab_size: int, padding: Padding) -> int:
   """How many bins a device scores in each of even calls, where a pass has so many `tokens` of a bin."""
   most = max(1, min(padding.tokens_of_call, MAX_LOGITS // vocab_size) // tokens)
   of_device = -(-num_bins // num_devices)
@@ -125,7 +125,7 @@ class RewardModel:
     self._config, self._lora = pretrained.config, lora
     self._params = pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
-    self._padding = padding_of(self._devices)
+    self._padding = padding_of(platform_of(self._devices))
     self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
     encode, self._score = _compiled(self._config, stop_token_id, tuple(self._devices))

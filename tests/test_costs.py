@@ -287,7 +287,7 @@ def test_work_follows_the_config():
   assert share == pytest.approx(4 * config.sampler.num_samples / (nodes + 1), rel=0.2)  # bins are not quite full
   config.loss.num_prefixes, config.loss.name = None, "vargrad"
   whole = costs.step_work(config, layout, Lengths())
-  assert 1 <= 4 * whole["reward branch"].flops / some["reward branch"].flops < 1.6  # 18 of a bin are 24 branches
+  assert whole["reward branch"].flops == pytest.approx(some["reward branch"].flops / 4, rel=0.2)
   config.loss.name = "subtb"
   config.behavior.buffer, config.behavior.tempered = 1.0, 0.0  # all is replayed
   replayed = costs.step_work(config, layout, Lengths())

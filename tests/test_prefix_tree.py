@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from gfn_jax import policy, prefix_tree
+from gfn_jax.parallel import platform_of
 from gfn_jax.prefix_tree import (
+  PADDING,
   PADDING_ON_CPU,
   bin_size,
   branches_of_bin,
@@ -19,6 +21,7 @@ from gfn_jax.prefix_tree import (
   build_tree,
   build_trees,
   fill_bins,
+  padding_of,
   stack_bins,
 )
 from testing import random_lora, tiny_pretrained
@@ -122,9 +125,9 @@ def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
   fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
   samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
   cpu = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8)
-  alike = dataclasses.replace(cpu, alike=True)
+  alike = dataclasses.replace(cpu, several_bins=True)
   assert [branches_of_bin(n, cpu) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
-  assert [branches_of_bin(n) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
+  assert [branches_of_bin(n, PADDING) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert samples(fill()) == [9, 9]
   # 36 prefixes are 48 branches, those of eight samples 32: so 2 * 40 nodes and 96 branches, or 3 * 40 and 72. The
   # second is less where ten tokens are behind each. So are three bins of 24 each, where all must have as many.
@@ -142,11 +145,25 @@ def test_wanted_prefixes_are_counted_once():
   tokens = np.array([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 9], [5, 6, 4, 4], [1, 2, 3, 4]], np.int32)
   wanted = np.array([[0, 1, 0, 0, 1], [0, 1, 1, 0, 1], [1, 0, 1, 1, 0], [0, 0, 1, 1, 0], [1, 1, 0, 0, 1]], bool)
   length = np.full(5, 4)
-  rows = prefix_tree._Rows.of(1, tokens, length, wanted)
-  tree = build_tree(np.array([2]), tokens, length)
-  for n in range(1, 6):
-    known = rows.order[:n]
-    assert rows.ends[0] + rows.new_ends[1:n].sum() == len(np.unique(tree.node_of[known][wanted[known]]))
+  rows = prefix_tree._Rows(1, tokens, length, wanted)
+  for start in range(5):
+    for n in range(start + 1, 6):
+      known = rows.order[start:n]
+      tree = build_tree(np.array([2]), tokens[known], length[known])
+      assert rows.nodes_from(start)[n - start - 1] == len(tree)
+      assert rows.ends_from(start)[n - start - 1] == len(np.unique(tree.node_of[wanted[known]]))
+
+
+def test_padding_is_that_of_the_platform():
+  cpu = jax.local_devices()[0]
+  assert [platform_of(devices) for devices in ([cpu], [(cpu, cpu)])] == ["cpu", "cpu"]
+  assert [padding_of(platform) for platform in ("cpu", "gpu", "tpu")] == [PADDING_ON_CPU, PADDING, PADDING]
+
+
+def test_how_many_bins_a_loss_is_given():
+  tokens, length = np.arange(36, dtype=np.int32).reshape(9, 4), np.full(9, 4)  # a sample a bin
+  trees = [build_trees([np.array([2])] * 9, tokens, length, 6, padding=p) for p in (PADDING, PADDING_ON_CPU)]
+  assert [len(t.tokens) for t in trees] == [10, 12]
 
 
 def test_one_or_two_bins_are_no_larger_than_they_must():
