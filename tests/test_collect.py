@@ -28,7 +28,7 @@ def make_collector(prompts, rows):
     encode_after=lambda text: [], rationale_tokens=lambda e, n: ([int(e.rationale)], [True]),
   )  # fmt: skip
   pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64, hidden_size=32))
-  sampler = SimpleNamespace(devices=[None])
+  sampler = SimpleNamespace(devices=jax.local_devices()[:1])
   parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=None, pretrained=pretrained)
   collector = DemonstrationCollector(parts, query_table(examples, task, 64, MAX_LENGTH))
   collector.seed_replay()
@@ -128,7 +128,7 @@ def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_one
     chosen = np.tile(np.arange(5) < 4, (rows, 1))
     return Trajectory(tokens, np.full(rows, 4), chosen, np.zeros((rows, 5)), np.zeros((rows, 6)))
 
-  sampler = SimpleNamespace(devices=[None], begin=begin, finish=finish)
+  sampler = SimpleNamespace(devices=jax.local_devices()[:1], begin=begin, finish=finish)
   pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64, hidden_size=32))
   parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=reward, pretrained=pretrained)
   collector = Collector(parts, query_table(examples, task, 64, 5))
