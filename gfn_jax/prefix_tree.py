@@ -165,9 +165,10 @@ class _Rows:
   def ends_from(self, start: int) -> np.ndarray:
     """int [N - start], the distinct wanted prefixes of such a tree."""
     if start not in self._ends:
-      met, new = np.zeros(self._wanted.shape[1], bool), []  # of what the row before begins with
+      depths = np.arange(self._wanted.shape[1])
+      met, new = np.zeros(depths.shape, bool), []  # of what the row before begins with
       for own, common in zip(self._wanted[start:], self._common[start:]):
-        met &= np.arange(len(met)) <= common
+        met &= depths <= common
         new.append(int((own & ~met).sum()))
         met |= own
       self._ends[start] = np.cumsum(new)
@@ -217,6 +218,7 @@ def fill_bins(
     prompts: at least one token each. size: as `bin_size` says.
     wanted, behind: the prefixes behind each of which so many tokens will follow. Of up to eight limits of how many of
       them a bin may hold, that is taken with which the bins have the fewest tokens, of nodes and of branches.
+    padding: of the branches.
   """
   if not prompts:
     return [], size
@@ -276,7 +278,7 @@ def build_trees(
   """Trees of a batch whose queries fall into `num_shares`, one after another: as many bins for each.
 
   Args:
-    prompts, size: as of `fill_bins`.
+    prompts, size: as of `fill_bins`. padding: of the number of bins.
   """
   num_queries, num_rows = len(prompts) // num_shares, len(tokens) // num_shares
 
