@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from jaxtyping import Bool, Float, Int
 import numpy as np
 
+from gfn_jax.draws import check_behavior
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.prefix import encode_prompts, masked_logits
 from gfn_jax.parallel import Devices, is_split, on_any_share, over_data
-from gfn_jax.sampler import check_behavior
 from gfn_jax.types import Trajectory
 
 ROWS_PER_CALL = 640  # beams of one device call, which bound the memory of caches and logits

@@ -3,14 +3,14 @@
     forward_flops(model, lora, tokens=N, keys=M, outputs=K)                 # N tokens that each attend to M positions
     backward_flops(model, lora, tokens=N, keys=M, outputs=K, remat="none")  # what training the adapter adds to it
     decode_bytes(model, lora, keys=M, itemsize=4)                           # what one decoding step reads
-    program_flops(function, *args, while_trips=1)                           # matrix products that `function` makes
+    program_flops(function, *args, while_trips=(10,))                       # matrix products that `function` makes
 
 A multiply-add is two FLOPs. Matrix products are counted: projections, adapters, attention's scores and weighted values,
 and the output projection at the positions where it is read. Norms, activations, softmax, rotary embedding and lookups
 are not: XLA counts up to 15% more with them on small models, and next to nothing on large ones.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import math
 from typing import Any
 
@@ -99,7 +99,7 @@ def _product_flops(equation: JaxprEqn) -> int:
   return 2 * math.prod(out) * math.prod(left[i] for i in contracted)
 
 
-def _jaxpr_flops(jaxpr: Jaxpr, while_trips: int) -> int:
+def _jaxpr_flops(jaxpr: Jaxpr, while_trips: Iterator[float]) -> float:
   total = 0
   for equation in jaxpr.eqns:
     match equation.primitive.name:
@@ -109,7 +109,7 @@ def _jaxpr_flops(jaxpr: Jaxpr, while_trips: int) -> int:
       case "scan":
         times = equation.params["length"]
       case "while":
-        times = while_trips
+        times = next(while_trips, 1)
       case "shard_map":
         # Shapes in it are those of a share; axes that XLA partitions by itself have left them whole.
         shape = equation.params["mesh"].shape
@@ -120,12 +120,13 @@ def _jaxpr_flops(jaxpr: Jaxpr, while_trips: int) -> int:
   return total
 
 
-def program_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
+def program_flops(function: Callable, *args: Any, while_trips: Sequence[float] = ()) -> float:
   """FLOPs of the matrix products in `function(*args)`, padding and masked positions included, over all devices.
 
   Args:
     function: is traced, not run. Arrays of JAX among `args` may be shapes (`jax.ShapeDtypeStruct`).
-    while_trips: how often the body of a `while_loop` runs, which a trace cannot tell.
+    while_trips: how often the body of each `while_loop` runs, in the program's order, which a trace cannot tell; once
+      where this says nothing.
   """
   leaves, structure = jax.tree.flatten(args)
   traced = {i: x for i, x in enumerate(leaves) if isinstance(x, jax.Array | jax.ShapeDtypeStruct)}
@@ -133,7 +134,7 @@ def program_flops(function: Callable, *args: Any, while_trips: int = 1) -> int:
   def of(arrays):
     return function(*jax.tree.unflatten(structure, [arrays.get(i, x) for i, x in enumerate(leaves)]))
 
-  return _jaxpr_flops(jax.make_jaxpr(of)(traced).jaxpr, while_trips)
+  return _jaxpr_flops(jax.make_jaxpr(of)(traced).jaxpr, iter(while_trips))
 
 
 def adapter_bytes(model: ModelConfig, lora: LoraConfig) -> int:

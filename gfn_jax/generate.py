@@ -16,6 +16,7 @@ from gfn_jax import cli
 from gfn_jax.completions import FreeText
 from gfn_jax.config import validate
 from gfn_jax.data import query_table
+from gfn_jax.draws import check_behavior
 from gfn_jax.evaluators.records import sample_records
 from gfn_jax.experiment import build
 from gfn_jax.files import check_output, read_json, to_path, write_text
@@ -23,7 +24,6 @@ from gfn_jax.metrics import scores_text
 from gfn_jax.models import Pretrained, load_adapter, load_pretrained
 from gfn_jax.parallel import Devices, place
 from gfn_jax.rewards import Reward, RewardModel
-from gfn_jax.sampler import check_behavior
 from gfn_jax.task import Task
 
 MAX_LENGTH = 32  # tokens, where neither --max_length nor a config says

@@ -8,7 +8,6 @@ hardly more trips of the loop than its longest row has tokens.
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import flax.struct
@@ -18,6 +17,8 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from gfn_jax import distributed
+from gfn_jax.draws import check_behavior, draw_index, filter_tokens
+from gfn_jax.flops import forward_flops
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
@@ -30,102 +31,9 @@ FREE = -1  # in `forced`: the policy chooses
 # rollout, and then to the cost of all rows; a further round costs about as much as a token. Devices that go by rows of
 # their own wait for the slowest at the end of each round: theirs are to be few.
 PATIENCE, PATIENCE_OF_MANY = 1 / 8, 1.0
-ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
-
-
-def check_behavior(
-  max_length: int, min_length: int, temperature: Float[np.ndarray, "*Q"], top_k: int | None, top_p: float | None
-) -> None:
-  """Raises ValueError, in one line, where these cannot say what to sample; before anything is loaded or compiled."""
-  if not 0 <= min_length <= max_length or max_length < 1:
-    raise ValueError(
-      f"min_length {min_length} and max_length {max_length}: 0 <= min_length <= max_length, 1 <= max_length"
-    )
-  # Beyond these float32 no longer tells an allowed token from a forbidden one. NaN is not in the range either.
-  wrong = [t for t in np.ravel(temperature).tolist() if not (t == 0 or 1e-6 <= t <= 1e6)]
-  if wrong:
-    raise ValueError(f"temperature {wrong[0]:g}: must be 0 (greedy) or between 1e-6 and 1e6")
-  if top_k is not None and (not isinstance(top_k, int | np.integer) or top_k < 1):
-    raise ValueError(f"top_k {top_k}: must be at least 1, and whole")
-  if top_p is not None and not 0 < top_p <= 1:
-    raise ValueError(f"top_p {top_p:g}: must be above 0 and at most 1")
-
-
-def nucleus(scores: Float[jax.Array, "*lead V"], top_p: float) -> Bool[jax.Array, "*lead V"]:
-  """The fewest of the most probable whose renormalised probability reaches `top_p`, at least one.
-
-  Of equal ones the first. Found by bisection over the bits of a probability, which order as it does: CPUs take longer
-  to sort a large vocabulary.
-  """
-  p = jax.nn.softmax(scores, axis=-1)
-  bits = jax.lax.bitcast_convert_type(p, jnp.int32)
-  # From the small end, where float32 has digits left: what stands before a token is 1 - what begins with it.
-  mass = lambda some: jnp.where(some, p, 0.0).sum(axis=-1, keepdims=True)  # noqa: E731
-
-  def halve(_, between):
-    low, high = between
-    middle = (low + high) // 2
-    enough = mass(bits <= middle) > 1 - top_p
-    return jnp.where(enough, low, middle + 1), jnp.where(enough, middle, high)
-
-  top = bits.max(axis=-1, keepdims=True)
-  _, least = jax.lax.fori_loop(0, 30, halve, (jnp.zeros_like(top), top))  # 1 is below 2^30
-  equal = bits == least
-  following = jax.lax.cumsum(jnp.where(equal, p, 0.0), axis=p.ndim - 1, reverse=True)
-  first = jnp.arange(p.shape[-1]) == jnp.argmax(p, axis=-1, keepdims=True)
-  return (bits > least) | (equal & (mass(bits < least) + following > 1 - top_p)) | first
-
-
-def filter_tokens(
-  scores: Float[jax.Array, "*lead V"], top_k: int | None, top_p: float | None
-) -> tuple[Float[jax.Array, "*lead K"], Int[jax.Array, "*lead K"]]:
-  """The tokens that top-k and then top-p (nucleus sampling) leave of a distribution.
-
-  Args:
-    scores: log-probabilities up to a constant, tempered already.
-    top_k: how many of the most probable tokens are kept; None for all.
-    top_p: of those, the fewest whose renormalised probability reaches it are kept, at least one; None for all.
-
-  Returns:
-    K = min(top_k, V) scores, -inf where top-p drops the token, and the tokens they belong to: from high to low, or
-    without a top_k all in order. Of tokens with equal scores the one with the lower id is kept.
-  """
-  if top_k is None:
-    tokens = jnp.broadcast_to(jnp.arange(scores.shape[-1]), scores.shape)
-  else:
-    scores, tokens = jax.lax.top_k(scores, min(top_k, scores.shape[-1]))
-  return scores if top_p is None else jnp.where(nucleus(scores, top_p), scores, -jnp.inf), tokens
-
-
-def block_size(number: int) -> int:
-  """About its root; if possible such that whole blocks fall to each of 16, 8, 4 or 2 devices that share a vocabulary:
-  they need not exchange it then."""
-  root = math.isqrt(number)
-  for shares in (16, 8, 4, 2):
-    even = [size for size in range(root // 2 + 1, 2 * root) if number % (shares * size) == 0]
-    if even:
-      return min(even, key=lambda size: abs(size - root))
-  return root
-
-
-def draw_index(key: jax.Array, scores: Float[jax.Array, "V"]) -> Int[jax.Array, ""]:
-  """An index drawn in proportion to exp(scores); one of -inf never is.
-
-  The cumulative sum is inverted among about sqrt(V) blocks, and then within one: two random numbers a draw. Gumbel's
-  trick (`jax.random.categorical`) takes V of them, which on CPUs cost more than the logits.
-  """
-  size = block_size(scores.shape[0])
-  weights = jnp.exp(scores - scores.max())
-  blocks = jnp.pad(weights, (0, -len(weights) % size)).reshape(-1, size)
-  among, within = jax.random.uniform(key, (2,))
-
-  def pick(weights, share):
-    # Sums of a parallel scan can rise by a rounding where a weight is 0: only those of positive weights count.
-    reached = jnp.where(weights > 0, jnp.cumsum(weights), 0.0)
-    return jnp.argmax(reached > share * reached.max())
-
-  block = pick(blocks.sum(-1), among)
-  return block * size + pick(blocks[block], within)
+# A round's rows go on with fewer beside them when no more than these shares of all are active: what has ended would
+# cost as much as what has not. Each share is a loop to compile, for which a token of all rows must cost so many FLOPs.
+SHARES, WORTH_COMPILING = (1 / 2, 1 / 8), 1e9
 
 
 @flax.struct.dataclass
@@ -153,6 +61,44 @@ class RolloutState:
   cache: Any
   logits: Any
   keys: Any
+
+  def take(self, rows: Int[jax.Array, "R"]) -> "RolloutState":
+    """Some of all Q * N rows, as R queries of one sample each."""
+    return _by_field(lambda axis, x: _in_one(axis, x)[_at(axis, rows)], self)
+
+  def put(self, rows: Int[jax.Array, "R"], some: "RolloutState") -> "RolloutState":
+    """All rows, those that were taken as they are in `some`."""
+    place = jnp.full(self.length.size, len(rows)).at[rows].set(jnp.arange(len(rows)))  # among those
+
+    def put(axis, x, new):
+      taken = (place < len(rows)).reshape(-1, *(1,) * (x.ndim - axis - 1))
+      return jnp.where(taken, new[_at(axis, jnp.minimum(place, len(rows) - 1))], _in_one(axis, x)).reshape(x.shape)
+
+    return _by_field(put, self, some)
+
+
+def _by_field(function: Callable, *states: RolloutState) -> RolloutState:
+  """`function(axis, *arrays)` of each array of the states, of which `axis` is that of the queries."""
+
+  def of(name):
+    return jax.tree.map(functools.partial(function, 1 if name == "cache" else 0), *(getattr(s, name) for s in states))
+
+  return RolloutState(**{field.name: of(field.name) for field in dataclasses.fields(RolloutState)})
+
+
+def _in_one(axis: int, x: jax.Array) -> jax.Array:
+  """[..., Q, N, ...] -> [..., Q * N, 1, ...]"""
+  return x.reshape(*x.shape[:axis], -1, 1, *x.shape[axis + 2 :])
+
+
+def _at(axis: int, rows: jax.Array) -> tuple:
+  return (*[slice(None)] * axis, rows)
+
+
+def crowds(config: ModelConfig, num_rows: int) -> list[int]:
+  """How many rows the loops of a round decode, one after another: all of a device, and then fewer."""
+  worth = forward_flops(config, None, tokens=num_rows, keys=0, outputs=num_rows) >= WORTH_COMPILING
+  return [num_rows, *(int(share * num_rows) for share in SHARES if worth and share * num_rows >= 1)]
 
 
 @dataclasses.dataclass
@@ -224,16 +170,17 @@ def decode_round(
 ) -> RolloutState:
   """Decodes until no row is active, or too many wait for the tool: more than `patience` times those.
 
+  All rows together, then those left among themselves, in `crowds`: what others write is nothing to a row.
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
   `parallel.on_any_share`.
   """
-  queries, samples, max_length = state.tokens.shape
-  query_index, sample_index = jnp.arange(queries)[:, None], jnp.arange(samples)[None]
+  max_length = state.tokens.shape[-1]
   is_stop = jnp.arange(allowed_tokens.shape[0]) == stop_token_id
 
-  def step(state: RolloutState) -> RolloutState:
+  def step(prefix: Prefix, temperature: jax.Array, state: RolloutState) -> RolloutState:
     t = state.length
+    query_index, sample_index = jnp.indices(t.shape, sparse=True)
     logits, log_z = masked_logits(state.logits, allowed_tokens)
     too_short = (t < min_length)[..., None] & is_stop
     divisor = jnp.where(temperature == 0, 1.0, temperature) if some_greedy else temperature
@@ -283,10 +230,20 @@ def decode_round(
       logits=jnp.where(writes[..., None], output_logits(config, params, hidden[..., 0, :]), state.logits),
     )
 
-  def goes_on(state: RolloutState) -> jax.Array:
-    return on_any_share(state.active.any() & (state.waiting.sum() <= patience * state.active.sum()), together)
+  def decode(prefix: Prefix, temperature: jax.Array, waiting_elsewhere: jax.Array | int, sizes: list[int], state):
+    def goes_on(state: RolloutState) -> jax.Array:
+      active, waiting = state.active.sum(), state.waiting.sum() + waiting_elsewhere
+      return on_any_share((active > (sizes[0] if sizes else 0)) & (waiting <= patience * active), together)
 
-  return jax.lax.while_loop(goes_on, step, state)
+    state = jax.lax.while_loop(goes_on, functools.partial(step, prefix, temperature), state)
+    if not sizes:
+      return state
+    rows = jnp.argsort(~state.active.ravel())[: sizes[0]]
+    left, query_ids = state.take(rows), rows // state.length.shape[1]
+    waiting_elsewhere += state.waiting.sum() - left.waiting.sum()
+    return state.put(rows, decode(prefix.take(query_ids), temperature[query_ids], waiting_elsewhere, sizes[1:], left))
+
+  return decode(prefix, temperature, 0, crowds(config, state.length.size)[1:], state)
 
 
 # Compiled once a shape, however many samplers a process makes.

@@ -85,7 +85,7 @@ def test_sampling_and_reward_make_exactly_these_products(family):
   config = wide_config(model)
   hand = by_program(costs.step_work(config, Layout("wide", model, 1, 1), LENGTHS))
   for name, (function, args, trips) in programs(config, model).items():
-    assert hand[name] == flops.program_flops(function, *args, while_trips=trips), name
+    assert hand[name] == flops.program_flops(function, *args, while_trips=(trips,)), name
 
 
 @pytest.mark.parametrize("family", WIDE)

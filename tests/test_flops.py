@@ -85,11 +85,12 @@ def test_loops_multiply():
 
   def loops(x):
     x, _ = jax.lax.scan(lambda x, _: (x @ x, None), x, length=3)
-    return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x @ x, x)
+    x = jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x @ x, x)
+    return jax.lax.while_loop(lambda x: x.sum() < 0, lambda x: x @ x, x)
 
   product = 2 * 8**3
-  assert flops.program_flops(loops, x) == 5 * product
-  assert flops.program_flops(jax.jit(loops), x, while_trips=10) == 23 * product
+  assert flops.program_flops(loops, x) == (3 + 2 + 1) * product
+  assert flops.program_flops(jax.jit(loops), x, while_trips=(10, 5)) == (3 + 20 + 5) * product
   # What is no array of JAX is known while tracing, as it is in the call.
   assert flops.program_flops(lambda x, n: x[: int(n)] @ x, jax.ShapeDtypeStruct(x.shape, x.dtype), np.int32(4)) == 512
 

@@ -11,7 +11,7 @@ from testing import REPOSITORY
 # Lowest first. Modules of one line may not import each other, except inside the packages below.
 LAYERS = (
   ("types", "version", "files", "named", "distributed", "accelerators"),
-  ("tools", "prefix_tree", "losses", "replay", "advantages"),
+  ("draws", "tools", "prefix_tree", "losses", "replay", "advantages"),
   ("models",),
   ("policy", "likelihood", "parallel", "flops", "shards"),
   ("sampler", "rewards"),

@@ -27,8 +27,9 @@ from enumeration import (
 from gfn_jax import policy
 from gfn_jax.benchmark.stopwatch import CompileLog
 from gfn_jax.data import pad_left
+from gfn_jax.draws import block_size, draw_index, filter_tokens, nucleus
 from gfn_jax.models import logits
-from gfn_jax.sampler import PATIENCE, Sampler, block_size, draw_index, filter_tokens, nucleus
+from gfn_jax.sampler import PATIENCE, Sampler, _compiled_round, crowds
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -384,10 +385,12 @@ def draw_on(devices, prompts=PROMPTS):
 ON_GROUPS = """
 import jax
 import numpy as np
+from gfn_jax import sampler
 from gfn_jax.models.partition import tree_shardings
 from gfn_jax.parallel import grouped, mesh_of
 from test_sampler import PROMPTS, make_sampler, pad_left, random_lora, tiny_pretrained
 
+sampler.WORTH_COMPILING = 0.0
 pretrained = tiny_pretrained(family="gpt2", seed=5)
 groups = grouped(jax.local_devices(), 2)
 split = jax.device_put(pretrained.params, tree_shardings(pretrained.config, mesh_of(groups), pretrained.params))
@@ -508,6 +511,32 @@ def test_a_round_ends_when_too_many_rows_wait():
     z = make_sampler(pretrained, max_length=max_length).finish(rollout)
   assert not log.seconds  # all rounds are one program
   assert check_tool_rows(z, tool, max_length)["answered"]
+
+
+def test_rows_left_among_themselves_draw_what_they_would_among_all(monkeypatch):
+  """Of 60 rows loops decode 60, 30 and 7; a model of more than these few parameters would have them."""
+  pretrained, max_length = tiny_pretrained(seed=6), 7
+  tool, context = FakeTool(pretrained.config.vocab_size), [3, 1, 4, 1, 5]
+
+  def rows():
+    _compiled_round.cache_clear()
+    z = make_sampler(pretrained, max_length=max_length, tool=tool, context=context)(
+      random_lora(pretrained), *pad_left(PROMPTS), num_samples=15, temperature=np.array([0.0, 1.0, 2.0, 3.0]),
+      key=jax.random.key(3),
+    )  # fmt: skip
+    _compiled_round.cache_clear()
+    return z
+
+  assert crowds(pretrained.config, 60) == [60]
+  among_all = rows()
+  monkeypatch.setattr("gfn_jax.sampler.WORTH_COMPILING", 0.0)
+  assert crowds(pretrained.config, 60) == [60, 30, 7] and crowds(pretrained.config, 3) == [3, 1]
+  left = rows()
+  assert len(set(among_all.length.tolist())) > 4  # rows end at all times
+  for name in ("tokens", "length", "action_mask"):
+    np.testing.assert_array_equal(getattr(left, name), getattr(among_all, name))
+  for name in ("log_pf", "log_pterm"):
+    np.testing.assert_allclose(getattr(left, name), getattr(among_all, name), atol=1e-5)
 
 
 def test_calculator_writes_results():

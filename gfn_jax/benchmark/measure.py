@@ -129,7 +129,7 @@ class PhaseTimer:
     def timed_decode(lora, prefix, temperature, state):
       active, length = np.array(state.active), np.array(state.length)  # before the state is donated
       state = watch("decode", decode, lora, prefix, temperature, state)
-      watch.calls[-1].trips = work.decode_trips(active, length, state)
+      watch.calls[-1].trips = work.decode_trips(parts.pretrained.config, active, length, state)
       return state
 
     def seen(ids, z, wanted):
@@ -166,7 +166,7 @@ class PhaseTimer:
     found["tool rounds"]["seconds"] = sum(b.begin - a.end for a, b in itertools.pairwise(rounds))
     found["host"]["seconds"] = seconds - sum(phase["seconds"] for phase in found.values())
     if self._fresh is not None:  # None where every query of the step was replayed
-      self._count_sampling(found, sum(call.trips for call in rounds))
+      self._count_sampling(found, sum(sum(call.trips) for call in rounds))
       self._count_reward(found["reward"])
     parts, batch = self._run.parts, self._batch
     prompt = self._run.collector.table[np.ravel(batch.query_ids)].prompt_mask.sum(-1)

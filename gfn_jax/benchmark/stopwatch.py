@@ -3,10 +3,12 @@
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
 import jax
+import numpy as np
 
 from gfn_jax.flops import program_flops
 
@@ -15,14 +17,14 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 @dataclasses.dataclass
 class Call:
-  """One call. `begin` and `end`: seconds of the clock. `trips`: of the `while_loop` in it."""
+  """One call. `begin` and `end`: seconds of the clock. `trips`: of each `while_loop` in it."""
 
   name: str
   function: Callable
   args: tuple
   begin: float
   end: float
-  trips: float = 1.0
+  trips: tuple[float, ...] = ()
 
   @property
   def seconds(self) -> float:
@@ -34,7 +36,7 @@ class Stopwatch:
 
   def __init__(self):
     self.calls: list[Call] = []
-    self._flops: dict[Any, float] = {}
+    self._flops: dict[Any, list[float]] = {}
 
   def __call__(self, name: str, function: Callable, *args: Any) -> Any:
     """`function(*args)`, when it is there."""
@@ -51,10 +53,12 @@ class Stopwatch:
     shapes = tuple((getattr(x, "shape", ()), str(getattr(x, "dtype", type(x)))) for x in leaves)
     key = call.name, structure, shapes
     if key not in self._flops:
-      once, twice = (program_flops(call.function, *call.args, while_trips=n) for n in (1, 2))
-      self._flops[key] = once, twice - once
-    once, trip = self._flops[key]
-    return once + (call.trips - 1) * trip
+      count = functools.partial(program_flops, call.function, *call.args)
+      # Of the program without its loops' bodies, and with each of these once.
+      bodies = np.eye(len(call.trips) + 1, len(call.trips), -1).tolist()
+      self._flops[key] = [count(while_trips=trips) for trips in bodies]
+    once, *with_body = self._flops[key]
+    return once + sum(trips * (flops - once) for trips, flops in zip(call.trips, with_body))
 
 
 @contextlib.contextmanager

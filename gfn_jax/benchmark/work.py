@@ -14,6 +14,7 @@ from gfn_jax.flops import backward_flops, forward_flops
 from gfn_jax.models import LoraConfig
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.prefix_tree import build_tree
+from gfn_jax.sampler import crowds
 from gfn_jax.types import Trajectory
 
 ROOT = np.zeros(1, np.int32)  # stands for a prompt, which is counted apart
@@ -101,8 +102,8 @@ def rewards(
   return trunk, branches
 
 
-def decode_trips(active: Any, length: Any, after: Any) -> float:
-  """How often a decoding round's loop ran, a mean over devices.
+def decode_trips(model: ModelConfig, active: Any, length: Any, after: Any) -> tuple[float, ...]:
+  """How often the loops of a decoding round ran, one for each of `sampler.crowds`; means over devices.
 
   Args:
     active, length: [D, q, N], of the rows before the round. after: the `sampler.RolloutState` that it left.
@@ -110,4 +111,7 @@ def decode_trips(active: Any, length: Any, after: Any) -> float:
   grown = np.asarray(after.length) - length
   ended = ~(np.asarray(after.waiting) | np.asarray(after.active))
   stopped = active & ended & (np.asarray(after.length) < after.tokens.shape[-1])
-  return float((grown + stopped).max(axis=(1, 2)).mean())
+  trips = -np.sort(-(grown + stopped).reshape(len(length), -1))  # of each row, the most first
+  # A loop is over when no more rows are active than the next one takes.
+  until = [trips[:, size].mean() for size in crowds(model, trips.shape[1])[1:]] + [trips[:, 0].mean()]
+  return tuple(np.diff(until, prepend=0.0).tolist())

@@ -32,6 +32,12 @@ class Prefix:
   length: Any
   last_hidden: Any
 
+  def take(self, query_ids: Int[Array, "R"]) -> "Prefix":
+    """The prefix of each of these queries."""
+    prompt = jax.tree.map(lambda x: x[:, query_ids], self.prompt)
+    others = self.prompt_mask, self.prompt_positions, self.length, self.last_hidden
+    return Prefix(self.context, prompt, *(x[query_ids] for x in others))
+
   def segments(self, num_lead: int) -> list[Segment]:
     """The segments as tokens with `num_lead` leading axes (Q first) read them."""
     segments = []
