@@ -48,7 +48,9 @@ def get_config(variant: str = ""):
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.anneal_steps = 1.0, 300
   config.replay.capacity, config.replay.similarity = 128, 0.0
-  config.replay.prioritized = False
+  # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
+  # 100 alone would never learn of others.
+  config.replay.prioritized, config.replay.best_prefix = False, True
   config.data.unseeded_weight = 1.0
   config.train.num_steps, config.train.decay_steps = 500, 500
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
@@ -74,7 +76,7 @@ def get_config(variant: str = ""):
     config.sampler.max_length, config.loss.name = 5, "subtb"
     # The reference's: 8 x 8 samples a step, on-policy, 2,560 steps, linear decay.
     config.train.num_queries, config.sampler.num_samples = 8, 8
-    config.behavior.buffer, config.behavior.tempered = 0.0, 0.0
+    config.behavior.buffer, config.behavior.tempered, config.replay.best_prefix = 0.0, 0.0, False
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
   return config

@@ -46,6 +46,12 @@ def scored_prefixes(
   return terminable & (order.argsort(axis=1).argsort(axis=1) < num_prefixes)
 
 
+def best_prefixes(log_reward: Float[np.ndarray, "B S"]) -> Int[np.ndarray, "B"]:
+  """The length of each row's prefix with the highest log R, of equal ones the longest; NaN is none."""
+  longest_first = np.where(np.isnan(log_reward), -np.inf, log_reward)[:, ::-1]
+  return log_reward.shape[1] - 1 - longest_first.argmax(axis=1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Draft:
   """A step whose samples are on their way.
@@ -84,6 +90,7 @@ class Collector:
     self._model = parts.pretrained.config
     self._behavior = config.behavior
     self._objective = config.loss.name if config.method == "gfn" else config.method
+    self._best_prefix = config.replay.best_prefix and config.method == "gfn"
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -196,9 +203,10 @@ class Collector:
       return None
     z, log_reward = self._scored(draft, on_round)
     n = self._config.sampler.num_samples
+    ends = best_prefixes(log_reward) if self._best_prefix else z.length
     for j, q in enumerate(draft.plan.query_ids[draft.fresh]):
       at = slice(j * n, (j + 1) * n)
-      self.replay.add(int(q), z.tokens[at], z.length[at], z.action_mask[at], log_reward[at])
+      self.replay.add(int(q), z.tokens[at], ends[at], z.action_mask[at], log_reward[at])
     return z, log_reward
 
   def batch(self, draft: Draft, samples: tuple[Trajectory, np.ndarray] | None) -> tuple[Batch, dict[str, float]]:
@@ -241,7 +249,12 @@ class Collector:
     return z, self.score(draft.plan.query_ids[draft.fresh], z, self._wanted(z, data.PREFIX_STREAM, draft.step))
 
   def _wanted(self, z: Trajectory, stream: int, step: int) -> np.ndarray:
-    """`scored_prefixes` of fresh samples, or of what seeds the buffer: as many of each, whose pairs weigh alike."""
+    """`scored_prefixes` of fresh samples, or of what seeds the buffer: as many of each, whose pairs weigh alike.
+
+    All, where the buffer is to have the best of those that an objective of whole samples would not ask for.
+    """
+    if self._best_prefix and self._objective not in PREFIX_LOSSES:
+      return z.terminable
     rng = data.step_rng(self._config.seed, stream, step)
     return scored_prefixes(self._objective, self._config.loss.num_prefixes, z.length, z.terminable, rng)
 

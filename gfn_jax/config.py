@@ -99,7 +99,8 @@ def base_config() -> ml_collections.ConfigDict:
       "rival_penalty": 0.0,  # nats off where the LM thinks that a wrong target is likelier than Y
     }),
     "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations",
-      "inverse_prompt_samples": 20}),  # of each query
+      "inverse_prompt_samples": 20,  # of each query
+      "best_prefix": False}),  # of a sample goes into the buffer, as if it had stopped there, and not the whole sample
     "train": c({
       "num_steps": 250,
       "num_queries": 8,  # of a step, over all devices

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gfn_jax.collect import Collector, DemonstrationCollector, scored_prefixes
+from gfn_jax.collect import Collector, DemonstrationCollector, best_prefixes, scored_prefixes
 from gfn_jax.config import base_config
 from gfn_jax.data import query_table
 from gfn_jax.models import Lora, LoraConfig
@@ -103,21 +103,23 @@ def test_prefixes_that_an_objective_reads():
     np.testing.assert_allclose(counts[0, [0, 1, 3, 4]] / 3000, 2 / 4, atol=0.04)  # uniform, four standard errors
 
 
-def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_ones():
+def make_step_collector(fields, log_reward, asked=None):
+  """Two queries a step of three samples of four tokens, at most five; `log_reward(tokens)` of each prefix, [B, S]."""
   config = base_config()
   config.train.num_queries, config.sampler.num_samples, config.sampler.max_length = 2, 3, 5
-  config.loss.num_prefixes, config.behavior.buffer, config.behavior.tempered = 2, 0.5, 0.0
-  config.replay.similarity = 0.0
+  config.behavior.buffer, config.behavior.tempered, config.replay.similarity = 0.5, 0.0, 0.0
+  config.update_from_flattened_dict(fields)
   examples = [Example(p, None, "", "") for p in "ab"]
   task = SimpleNamespace(
     examples=examples, num_seeded=2, encode_prompt=lambda text: list(text.encode()), encode_after=lambda text: [],
     is_right=lambda example, z: None,
   )  # fmt: skip
-  asked, rng = [], np.random.default_rng(0)
+  rng = np.random.default_rng(0)
 
   def reward(queries, tokens, length, wanted):
-    asked.append(wanted)
-    return np.where(wanted, tokens[:, :1] + np.arange(6), 0).astype(np.float32)
+    if asked is not None:
+      asked.append(wanted)
+    return np.where(wanted, log_reward(tokens), 0).astype(np.float32)
 
   def begin(lora, prompt_tokens, prompt_mask, **_):
     return Rollout(len(prompt_tokens), lora, None, np.ones(1), None)
@@ -131,7 +133,34 @@ def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_one
   sampler = SimpleNamespace(devices=jax.local_devices()[:1], begin=begin, finish=finish)
   pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64, hidden_size=32))
   parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=reward, pretrained=pretrained)
-  collector = Collector(parts, query_table(examples, task, 64, 5))
+  return Collector(parts, query_table(examples, task, 64, 5))
+
+
+def test_the_best_prefix_of_a_sample():
+  nan = np.nan
+  log_reward = np.array([[-3.0, -1.0, nan, -1.0, -2.0, nan], [-2.0, nan, nan, -1.5, nan, nan], [-4.0, *[nan] * 5]])
+  np.testing.assert_array_equal(best_prefixes(log_reward), [3, 3, 0])
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_of_a_sample_goes_into_the_buffer(best):
+  """The reward is the largest after two tokens; the objective asks for whole samples."""
+  fields = {"loss.name": "vargrad", "replay.best_prefix": best}
+  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] - np.abs(np.arange(6) - 2.0))
+  batch, _ = collector({"lora": Lora({}, LoraConfig(1, 1.0, ()))}, 0, KEY)
+  assert (batch.length == 4).all()  # what has just been sampled is learned whole
+  kept = collector.replay.to_arrays()
+  assert (kept["length"] == (2 if best else 4)).all()
+  whole = {tuple(tokens[:2]): tokens for tokens in batch.tokens.tolist()}
+  for tokens, log_reward in zip(kept["tokens"], kept["log_reward"]):
+    row = whole[tuple(tokens[:2])]
+    np.testing.assert_array_equal(tokens, [*row[:2], 0, 0, 0] if best else [*row[:4], 0])
+    assert log_reward[2 if best else 4] == row[0] - (0 if best else 2)
+
+
+def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_ones():
+  asked = []
+  collector = make_step_collector({"loss.num_prefixes": 2}, lambda tokens: tokens[:, :1] + np.arange(6), asked)
   known = {}
   for step in range(6):
     batch, _ = collector({"lora": Lora({}, LoraConfig(1, 1.0, ()))}, step, KEY)
