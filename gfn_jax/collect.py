@@ -74,6 +74,7 @@ class Collector:
   Attributes:
     replay: the buffer.
     table: the training queries.
+    padding: of the batches' trees.
   """
 
   def __init__(self, parts: Any, table: Queries):
@@ -87,7 +88,7 @@ class Collector:
     self._sampler, self._reward = parts.sampler, parts.reward
     shares = len(parts.sampler.devices) * jax.process_count()
     self._num_shares = shares * num_micro_batches(config, shares)
-    self._model = parts.pretrained.config
+    self._model, self.padding = parts.pretrained.config, padding_of(platform_of(parts.sampler.devices))
     self._behavior = config.behavior
     self._objective = config.loss.name if config.method == "gfn" else config.method
     self._best_prefix = config.replay.best_prefix and config.method == "gfn"
@@ -235,8 +236,8 @@ class Collector:
     q = self.table[query_ids]
     prompts = [row[mask] for row, mask in zip(q.prompt_tokens, q.prompt_mask)]
     size = bin_size(q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1], self._model.hidden_size)
-    padding = padding_of(platform_of(self._sampler.devices))
-    trees = build_trees(prompts, tokens, length, size, self._num_shares, padding)
+    whole = self._objective == "vargrad"  # which compares the samples of a query
+    trees = build_trees(prompts, tokens, length, size, self._num_shares, self.padding, whole)
     return Batch(
       query_ids.astype(np.int32), tokens, length, action_mask,
       terminable_prefixes(length, action_mask) & ~np.isnan(log_reward), log_reward, trees,

@@ -30,6 +30,7 @@ def measure(
   min_length: int,
   max_length: int,
   num_micro_batches: int,
+  bin_by_bin: bool,
   params: dict,
   allowed_tokens: jax.Array,
   trained: dict,
@@ -51,7 +52,15 @@ def measure(
       return log_prob, log_reference, jnp.zeros_like(log_prob)
     return log_prob, log_reference, policy.of_prefixes(policy.state_values(trained["value"], states), micro.trees)
 
-  rows = jax.lax.map(of, micro_batches(batch, num_micro_batches))
+  def of_bins(micro: Batch):
+    def fill(number, rows):
+      trees, here = policy.trees_of_bin(micro.trees, number)
+      return jax.tree.map(lambda a, b: jnp.where(here[:, None], a, b), of(micro.replace(trees=trees)), rows)
+
+    empty = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(of, micro))
+    return jax.lax.fori_loop(0, micro.trees.num_bins[0], fill, empty)
+
+  rows = jax.lax.map(of_bins if bin_by_bin else of, micro_batches(batch, num_micro_batches))
   return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), rows)
 
 
@@ -66,6 +75,7 @@ class OnPolicyCollector(Collector):
       measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.min_length,
       config.sampler.max_length,
       num_micro_batches(config, len(parts.devices) * jax.process_count()),
+      not self.padding.several_bins,
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 

@@ -34,6 +34,14 @@ def tree_states(
   return hidden
 
 
+def trees_of_bin(trees: Trees, number: Int[Array, ""]) -> tuple[Trees, Bool[Array, "B"]]:
+  """A bin by itself, and the trajectories that stand in it; others are given its first node."""
+  here = trees.node_of[:, 0] // trees.tokens.shape[1] == number
+  node_of = jnp.where(here[:, None], trees.node_of - number * trees.tokens.shape[1], 0)
+  alone = (x[number][None] for x in (trees.tokens, trees.parents, trees.positions, trees.ancestors))
+  return Trees(*alone, node_of, jnp.ones_like(trees.num_bins)), here
+
+
 def of_prefixes(values: Float[Array, "G U"], trees: Trees) -> Float[Array, "B S"]:
   """What stands at the nodes, for the prefixes of each trajectory."""
   return values.reshape(-1)[trees.node_of]

@@ -18,6 +18,7 @@ from gfn_jax.types import Trees
 # Nodes of a bin: as many as the model is wide, within these bounds, so that attention stays a small part of a layer's
 # work. In smaller bins more prompts stand twice; hence at least so many of the longest, where samples take them.
 MIN_NODES, MAX_NODES, PROMPTS_OF_BIN = 192, 512, 4
+FEWEST_BINS = 16  # of a loss that goes from bin to bin: usually one size, and one program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,12 @@ class Padding:
   """To which sizes calls are padded: each is a program to compile.
 
   Attributes:
-    loss_bins, branches: how many sizes from one power of two to the next a loss has bins, and a bin branches.
-    fewest_branches: of a bin.
+    branches: how many sizes from one power of two to the next; fewest_branches: of a bin.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
-    several_bins: a call of the rewards holds several, and each is given as many branches.
+    several_bins: are computed at once. A call of the rewards holds several, and each is given as many branches. Where
+      they are not, the loss goes from bin to bin, and those that pad cost nothing.
   """
 
-  loss_bins: int
   branches: int
   fewest_branches: int
   tokens_of_call: int
@@ -40,8 +40,8 @@ class Padding:
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING = Padding(loss_bins=4, branches=8, fewest_branches=8, tokens_of_call=8192, several_bins=True)
-PADDING_ON_CPU = Padding(loss_bins=2, branches=2, fewest_branches=32, tokens_of_call=256, several_bins=False)
+PADDING = Padding(branches=8, fewest_branches=8, tokens_of_call=8192, several_bins=True)
+PADDING_ON_CPU = Padding(branches=2, fewest_branches=32, tokens_of_call=256, several_bins=False)
 
 
 def padding_of(platform: str) -> Padding:
@@ -176,20 +176,22 @@ class _Rows:
 
 
 def _cut(
-  queries: Sequence[_Rows], size: int, most_ends: int
+  queries: Sequence[_Rows], size: int, most_ends: int, whole: bool
 ) -> tuple[list[list[tuple[int, np.ndarray]]], list[int]]:
   """Bins of `size` nodes, a query after another: (query, rows) of the parts of each, and how many prefixes are wanted.
 
-  These are at most `most_ends`, but for those of a bin's first row. No bins where a row has more than `size` nodes.
+  These are at most `most_ends`, but for those of a bin's first row. `whole`: a query's rows stand in one bin. No bins
+  where a row, or then a query, has more than `size` nodes.
   """
   bins, ends_of, left, ends_left = [], [], 0, 0
   for q, rows in enumerate(queries):
     start, n = 0, len(rows.order)
     while start < n:
       nodes, ends = rows.nodes_from(start), rows.ends_from(start)
-      if nodes[0] > size:
+      least = nodes[-1] if whole else nodes[0]
+      if least > size:
         return [], []
-      if nodes[0] > left or ends[0] > ends_left:
+      if least > left or ends[0] > ends_left:
         bins.append([])
         ends_of.append(0)
         left, ends_left = size, max(most_ends, ends[0])
@@ -209,6 +211,7 @@ def fill_bins(
   wanted: Bool[np.ndarray, "B S"] | None = None,
   behind: int = 0,
   padding: Padding = PADDING,
+  whole: bool = False,
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
@@ -219,6 +222,7 @@ def fill_bins(
     wanted, behind: the prefixes behind each of which so many tokens will follow. Of up to eight limits of how many of
       them a bin may hold, that is taken with which the bins have the fewest tokens, of nodes and of branches.
     padding: of the branches.
+    whole: all samples of a query stand in one bin, of more than `size` nodes if need be; nothing is wanted then.
   """
   if not prompts:
     return [], size
@@ -231,10 +235,12 @@ def fill_bins(
 
   def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
     """(tokens, nodes of a bin, most_ends, bins)."""
-    bins, ends = _cut(queries, size, most_ends)
+    bins, ends = _cut(queries, size, most_ends, whole)
     branches = [max(map(branches_of, ends), default=0)] * len(ends) if padding.several_bins else map(branches_of, ends)
     return len(bins) * size + behind * sum(branches), size, most_ends, bins
 
+  if whole:
+    size = max(size, bucket(max(int(q.nodes_from(0)[-1]) for q in queries)))
   limits = {branches_of(size * k // 8) for k in range(1, 9)} if behind else {size}
   best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found[0])
   for eighths in {1: range(1, 8), 2: (6,)}.get(len(best[3]), ()):  # few sizes, which are programs
@@ -274,27 +280,29 @@ def build_trees(
   size: int,
   num_shares: int = 1,
   padding: Padding = PADDING,
+  whole: bool = False,
 ) -> Trees:
   """Trees of a batch whose queries fall into `num_shares`, one after another: as many bins for each.
 
   Args:
-    prompts, size: as of `fill_bins`. padding: of the number of bins.
+    prompts, size, whole: as of `fill_bins`. padding: of the number of bins.
   """
   num_queries, num_rows = len(prompts) // num_shares, len(tokens) // num_shares
 
   def share(i: int, size: int) -> tuple[list[list[Part]], int]:
     own = slice(i * num_rows, (i + 1) * num_rows)
-    return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size)
+    return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size, whole=whole)
 
   shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
-  size, most = max(sizes), bucket(max(map(len, shares)), per_octave=padding.loss_bins)
+  size, num_bins = max(sizes), max(map(len, shares))
+  most = bucket(num_bins) if padding.several_bins else bucket(num_bins, FEWEST_BINS, per_octave=1)
   node_of = np.zeros((len(tokens), tokens.shape[1] + 1), np.int32)
   for i, bins in enumerate(shares):
     for g, parts in enumerate(bins):
       for part in parts:
         node_of[i * num_rows + part.rows] = g * size + part.start + part.tree.node_of
   padded = [parts for bins in shares for parts in [*bins, *[[]] * (most - len(bins))]]
-  return Trees(*stack_bins(padded, size), node_of)
+  return Trees(*stack_bins(padded, size), node_of, np.full(num_shares, num_bins, np.int32))
 
 
 def unlike_samples(num_queries: int, num_samples: int, prompt: int, max_length: int) -> tuple[list, Any, Any]:

@@ -14,6 +14,7 @@ from gfn_jax import losses, policy
 from gfn_jax.config import num_micro_batches
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.parallel import DATA_AXIS, micro_batches
+from gfn_jax.prefix_tree import PADDING, Padding
 from gfn_jax.types import Batch, TrainState
 
 
@@ -21,8 +22,9 @@ from gfn_jax.types import Batch, TrainState
 class StepSettings:
   """What is fixed while a step compiles.
 
-  `num_epochs` updates are made on a step's batch. For policy gradients alone: `min_length` is the sampler's, and
-  `policy_gradient` are arguments of `losses.ppo_terms` or `grpo_terms`.
+  `num_epochs` updates are made on a step's batch. `bin_by_bin`: the bins of its trees are computed one after another:
+  one program serves any number of them, and holds the activations of one. For policy gradients alone: `min_length` is
+  the sampler's, and `policy_gradient` are arguments of `losses.ppo_terms` or `grpo_terms`.
   """
 
   model: ModelConfig
@@ -37,6 +39,7 @@ class StepSettings:
   min_length: int = 0
   num_epochs: int = 1
   policy_gradient: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  bin_by_bin: bool = False
 
 
 def objective(
@@ -47,8 +50,17 @@ def objective(
   dropout_key: jax.Array | None,
   trained: dict[str, Any],
   batch: Batch,
+  bin_number: jax.Array | None = None,
 ) -> tuple[jax.Array, tuple[jax.Array, dict[str, jax.Array]]]:
-  """The loss of a (micro-)batch before its division: numerator, denominator, and sums over the rows for the log."""
+  """The loss of a (micro-)batch before its division: numerator, denominator, and sums over the rows for the log.
+
+  `bin_number`: of the rows that stand in this bin of its trees alone.
+  """
+  here = jnp.ones(batch.length.shape, bool)
+  if bin_number is not None:
+    trees, here = policy.trees_of_bin(batch.trees, bin_number)
+    acts = batch.acts and batch.acts.replace(mask=batch.acts.mask & here[:, None])
+    batch = batch.replace(trees=trees, terminable=batch.terminable & here[:, None], acts=acts)
   states = policy.tree_states(
     settings.model, params, trained["lora"], batch.trees, dropout_key=dropout_key, remat=settings.remat
   )
@@ -75,13 +87,10 @@ def objective(
       )  # fmt: skip
   end = batch.length[:, None]
   log_q = log_pf.sum(-1) + jnp.take_along_axis(log_pterm, end, axis=1)[:, 0]
-  sums = {
-    "rows": jnp.float32(end.shape[0]),
-    "log_pf_mean": log_q.sum(),
-    "length_mean": batch.length.sum().astype(jnp.float32),
-  }
+  of_rows = {"rows": jnp.ones_like(log_q), "log_pf_mean": log_q, "length_mean": batch.length.astype(jnp.float32)}
   if settings.loss_name != "sft":
-    sums["log_reward_mean"] = jnp.take_along_axis(batch.log_reward_untempered, end, axis=1).sum()
+    of_rows["log_reward_mean"] = jnp.take_along_axis(batch.log_reward_untempered, end, axis=1)[:, 0]
+  sums = {name: jnp.where(here, values, 0.0).sum() for name, values in of_rows.items()}
   return terms[0], (terms[1], sums)
 
 
@@ -109,13 +118,23 @@ def train_step(
   def update(carry, epoch):
     trained, opt_state = carry
 
-    def terms(trained, micro, index):
+    def terms(trained, micro, index, bin_number=None):
       index += epoch * all_batches + jax.lax.axis_index(DATA_AXIS) * settings.num_micro_batches
-      return of_batch(jax.random.fold_in(key, index) if settings.dropout else None, trained, micro)
+      dropout_key = jax.random.fold_in(key, index) if settings.dropout else None
+      if settings.dropout and bin_number is not None:
+        dropout_key = jax.random.fold_in(dropout_key, bin_number)
+      return of_batch(dropout_key, trained, micro, bin_number)
 
     def accumulate(total, xs):
-      (numerator, aux), grads = jax.value_and_grad(terms, has_aux=True)(trained, *xs)
-      return jax.tree.map(jnp.add, total, ((numerator, aux), grads)), None
+      micro, _ = xs
+
+      def add(bin_number, total):
+        (numerator, aux), grads = jax.value_and_grad(terms, has_aux=True)(trained, *xs, bin_number)
+        return jax.tree.map(jnp.add, total, ((numerator, aux), grads))
+
+      if settings.bin_by_bin:
+        return jax.lax.fori_loop(0, micro.trees.num_bins[0], add, total), None
+      return add(None, total), None
 
     first = jax.tree.map(lambda x: x[0], rows)
     shapes = jax.eval_shape(jax.value_and_grad(terms, has_aux=True), trained, first, 0)
@@ -143,9 +162,16 @@ def train_step(
 
 
 def step_settings(
-  config: ml_collections.ConfigDict, model: ModelConfig, stop_token_id: int, num_devices: int
+  config: ml_collections.ConfigDict,
+  model: ModelConfig,
+  stop_token_id: int,
+  num_devices: int,
+  padding: Padding = PADDING,
 ) -> StepSettings:
-  """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`)."""
+  """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`).
+
+  `padding`: of its trees.
+  """
   method, supervised, gradients = config.method, config.method == "sft", {}
   # Policy gradients compare the policy with itself before the update: no dropout in between.
   dropout = config.lora.dropout > 0 and method in ("gfn", "sft")
@@ -157,7 +183,7 @@ def step_settings(
     model, config.loss.name if method == "gfn" else method, config.loss.subtb_lambda,
     1 if supervised else config.sampler.num_samples,
     num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, dropout, config.model.remat,
-    config.sampler.min_length, num_epochs(config), gradients,
+    config.sampler.min_length, num_epochs(config), gradients, not padding.several_bins,
   )  # fmt: skip
 
 

@@ -182,7 +182,7 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   if config.train.max_staleness:
     state = LaggedState(**vars(bare), previous_lora=jax.tree.map(jnp.copy, lora))
   everywhere = all_devices()
-  settings = step_settings(config, model, task.stop_token_id, num_shares(config.mesh.model))
+  settings = step_settings(config, model, task.stop_token_id, num_shares(config.mesh.model), collector.padding)
   update = functools.partial(train_step, settings, optimizer)
   if is_split(devices):
     mesh = mesh_of(devices)

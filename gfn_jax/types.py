@@ -139,6 +139,7 @@ class Trees:
     positions: int [G, U], tokens before it.
     ancestors: bool [G, U, U], which nodes stand on the way to a node, itself included.
     node_of: int [B, S], where the prefixes of each trajectory stand among the G U nodes of its share of the batch.
+    num_bins: int [shares], how many bins of each share of the batch, from its first one, hold more than padding.
   """
 
   tokens: Any
@@ -146,6 +147,7 @@ class Trees:
   positions: Any
   ancestors: Any
   node_of: Any
+  num_bins: Any
 
 
 @flax.struct.dataclass

@@ -163,7 +163,22 @@ def test_padding_is_that_of_the_platform():
 def test_how_many_bins_a_loss_is_given():
   tokens, length = np.arange(36, dtype=np.int32).reshape(9, 4), np.full(9, 4)  # a sample a bin
   trees = [build_trees([np.array([2])] * 9, tokens, length, 6, padding=p) for p in (PADDING, PADDING_ON_CPU)]
-  assert [len(t.tokens) for t in trees] == [10, 12]
+  assert [len(t.tokens) for t in trees] == [10, 16]
+  assert [t.num_bins.tolist() for t in trees] == [[9], [9]]
+  # Of two shares one takes four bins, and the other two.
+  tokens[4:] = tokens[3]
+  trees = build_trees([np.array([2])] * 8, tokens[:8], length[:8], 12, 2)
+  assert trees.num_bins.tolist() == [2, 2]
+
+
+def test_a_query_can_be_kept_in_one_bin():
+  """Of three queries with 1 + 2 * 4 nodes each, in bins of 14; and of 8, which must grow."""
+  tokens, length, prompts = np.arange(24, dtype=np.int32).reshape(6, 4), np.full(6, 4), [np.array([2])] * 3
+  queries = lambda found: [[p.query for p in parts] for parts in found[0]]  # noqa: E731
+  assert queries(fill_bins(prompts, tokens, length, 14)) == [[0, 1], [1, 2]]
+  assert queries(fill_bins(prompts, tokens, length, 14, whole=True)) == [[0], [1], [2]]
+  grown = fill_bins(prompts, tokens, length, 8, whole=True)
+  assert queries(grown) == [[0], [1], [2]] and grown[1] == 10
 
 
 def test_one_or_two_bins_are_no_larger_than_they_must():

@@ -457,16 +457,18 @@ keep = optax.GradientTransformation(
   lambda gradient, state, trained: (jax.tree.map(jnp.zeros_like, gradient), gradient),
 )
 trained = {"lora": random_lora(pretrained), "log_partition": jnp.arange(Q, dtype=jnp.float32)}
-layouts = {"subtb": ((1, 1), (1, 4), (4, 1)), "tb": ((1, 1), (4, 2))}  # (devices, micro-batches)
+# (devices, micro-batches, bin by bin)
+layouts = {"subtb": ((1, 1, False), (1, 4, False), (4, 1, True)), "tb": ((1, 1, False), (1, 1, True), (4, 2, False))}
 for loss in layouts:
   mine = trained if loss == "tb" else {"lora": trained["lora"]}
   results = []
-  for num_devices, micro_batches in layouts[loss]:
+  for num_devices, micro_batches, bin_by_bin in layouts[loss]:
     devices = jax.devices()[:num_devices]
     shares = num_devices * micro_batches
-    trees = build_trees(prompts, tokens, length, 192, shares)
+    trees = build_trees(prompts, tokens, length, 64 if bin_by_bin else 192, shares)
+    assert not bin_by_bin or trees.num_bins[0] > 1
     batch = Batch(*rows, trees)
-    settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False)
+    settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False, bin_by_bin=bin_by_bin)
     step = jax.pmap(
       functools.partial(train_step, settings, keep), axis_name="data", in_axes=(None,) * 5 + (0,), out_axes=None,
       devices=devices,

@@ -148,7 +148,9 @@ class PhaseTimer:
 
   def _update(self, *args):
     self._batch = args[-1]
-    return self._watch("loss and update", self._steps.run.update, *args)
+    out = self._watch("loss and update", self._steps.run.update, *args)
+    self._watch.calls[-1].trips = (float(np.ravel(self._batch.trees.num_bins)[0]),)  # where it goes from bin to bin
+    return out
 
   def once(self) -> tuple[dict[str, dict[str, float]], bool]:
     """A step: name of a phase -> its `seconds`, `flops_by_hand`, `flops_run`, ...; whether anything was compiled."""
