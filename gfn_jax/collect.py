@@ -204,7 +204,10 @@ class Collector:
       return None
     z, log_reward = self._scored(draft, on_round)
     n = self._config.sampler.num_samples
-    ends = best_prefixes(log_reward) if self._best_prefix else z.length
+    ends = z.length
+    if self._best_prefix:  # a whole sample without a reward is for the buffer to refuse
+      known = np.isfinite(np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0])
+      ends = np.where(known, best_prefixes(log_reward), z.length)
     for j, q in enumerate(draft.plan.query_ids[draft.fresh]):
       at = slice(j * n, (j + 1) * n)
       self.replay.add(int(q), z.tokens[at], ends[at], z.action_mask[at], log_reward[at])
@@ -236,7 +239,7 @@ class Collector:
     q = self.table[query_ids]
     prompts = [row[mask] for row, mask in zip(q.prompt_tokens, q.prompt_mask)]
     size = bin_size(q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1], self._model.hidden_size)
-    whole = self._objective == "vargrad"  # which compares the samples of a query
+    whole = self._objective == "vargrad" and self.padding.bin_by_bin  # it compares the samples of a query
     trees = build_trees(prompts, tokens, length, size, self._num_shares, self.padding, whole)
     return Batch(
       query_ids.astype(np.int32), tokens, length, action_mask,

@@ -75,7 +75,7 @@ class OnPolicyCollector(Collector):
       measure, parts.pretrained.config, parts.task.stop_token_id, config.sampler.min_length,
       config.sampler.max_length,
       num_micro_batches(config, len(parts.devices) * jax.process_count()),
-      not self.padding.several_bins,
+      self.padding.bin_by_bin,
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 

@@ -28,20 +28,20 @@ class Padding:
   Attributes:
     branches: how many sizes from one power of two to the next; fewest_branches: of a bin.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
-    several_bins: are computed at once. A call of the rewards holds several, and each is given as many branches. Where
-      they are not, the loss goes from bin to bin, and those that pad cost nothing.
+    bin_by_bin: the loss and the rewards go from bin to bin: those that pad the loss cost nothing, and each has branches
+      of its own number. Otherwise several are computed at once, and each is given as many branches.
   """
 
   branches: int
   fewest_branches: int
   tokens_of_call: int
-  several_bins: bool
+  bin_by_bin: bool
 
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING = Padding(branches=8, fewest_branches=8, tokens_of_call=8192, several_bins=True)
-PADDING_ON_CPU = Padding(branches=2, fewest_branches=32, tokens_of_call=256, several_bins=False)
+PADDING = Padding(branches=8, fewest_branches=8, tokens_of_call=8192, bin_by_bin=False)
+PADDING_ON_CPU = Padding(branches=2, fewest_branches=32, tokens_of_call=256, bin_by_bin=True)
 
 
 def padding_of(platform: str) -> Padding:
@@ -236,7 +236,7 @@ def fill_bins(
   def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
     """(tokens, nodes of a bin, most_ends, bins)."""
     bins, ends = _cut(queries, size, most_ends, whole)
-    branches = [max(map(branches_of, ends), default=0)] * len(ends) if padding.several_bins else map(branches_of, ends)
+    branches = map(branches_of, ends) if padding.bin_by_bin else [max(map(branches_of, ends), default=0)] * len(ends)
     return len(bins) * size + behind * sum(branches), size, most_ends, bins
 
   if whole:
@@ -295,7 +295,7 @@ def build_trees(
 
   shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
   size, num_bins = max(sizes), max(map(len, shares))
-  most = bucket(num_bins) if padding.several_bins else bucket(num_bins, FEWEST_BINS, per_octave=1)
+  most = bucket(num_bins, FEWEST_BINS, per_octave=1) if padding.bin_by_bin else bucket(num_bins)
   node_of = np.zeros((len(tokens), tokens.shape[1] + 1), np.int32)
   for i, bins in enumerate(shares):
     for g, parts in enumerate(bins):

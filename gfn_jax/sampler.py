@@ -23,7 +23,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
 from gfn_jax.models.prefix import Prefix, encode_context, encode_prompts, masked_logits, prompt_width, without_start
-from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, settled
+from gfn_jax.parallel import Devices, is_split, on_any_share, over_data, platform_of, settled
 from gfn_jax.types import Trajectory
 
 FREE = -1  # in `forced`: the policy chooses
@@ -31,9 +31,9 @@ FREE = -1  # in `forced`: the policy chooses
 # rollout, and then to the cost of all rows; a further round costs about as much as a token. Devices that go by rows of
 # their own wait for the slowest at the end of each round: theirs are to be few.
 PATIENCE, PATIENCE_OF_MANY = 1 / 8, 1.0
-# A round's rows go on with fewer beside them when no more than these shares of all are active: what has ended would
-# cost as much as what has not. Each share is a loop to compile, for which a token of all rows must cost so many FLOPs.
-SHARES, WORTH_COMPILING = (1 / 2, 1 / 8), 1e9
+# On CPUs, which are slower with every row, rows go on with fewer beside them when no more than these shares of all are
+# active. Each share is a loop, which takes seconds to compile: a token of a row must cost so many FLOPs.
+SHARES, WORTH_COMPILING = (1 / 2, 1 / 8), 1e8
 
 
 @flax.struct.dataclass
@@ -67,7 +67,7 @@ class RolloutState:
     return _by_field(lambda axis, x: _in_one(axis, x)[_at(axis, rows)], self)
 
   def put(self, rows: Int[jax.Array, "R"], some: "RolloutState") -> "RolloutState":
-    """All rows, those that were taken as they are in `some`."""
+    """All rows, those that were taken as they are in `some`: gathered, since a scatter takes longer to compile."""
     place = jnp.full(self.length.size, len(rows)).at[rows].set(jnp.arange(len(rows)))  # among those
 
     def put(axis, x, new):
@@ -95,10 +95,15 @@ def _at(axis: int, rows: jax.Array) -> tuple:
   return (*[slice(None)] * axis, rows)
 
 
-def crowds(config: ModelConfig, num_rows: int) -> list[int]:
+def shares_of(config: ModelConfig, platform: str) -> tuple[float, ...]:
+  """Which of `SHARES` a round's loops go down to."""
+  flops = forward_flops(config, None, tokens=1, keys=0, outputs=1)
+  return SHARES if platform == "cpu" and flops >= WORTH_COMPILING else ()
+
+
+def crowds(num_rows: int, shares: Sequence[float]) -> list[int]:
   """How many rows the loops of a round decode, one after another: all of a device, and then fewer."""
-  worth = forward_flops(config, None, tokens=num_rows, keys=0, outputs=num_rows) >= WORTH_COMPILING
-  return [num_rows, *(int(share * num_rows) for share in SHARES if worth and share * num_rows >= 1)]
+  return [num_rows, *(int(share * num_rows) for share in shares if share * num_rows >= 1)]
 
 
 @dataclasses.dataclass
@@ -160,6 +165,7 @@ def decode_round(
   some_greedy: bool,
   together: bool,
   patience: float,
+  shares: Sequence[float],
   params: dict,
   lora: Lora | None,
   allowed_tokens: Bool[jax.Array, "V"],
@@ -170,7 +176,8 @@ def decode_round(
 ) -> RolloutState:
   """Decodes until no row is active, or too many wait for the tool: more than `patience` times those.
 
-  All rows together, then those left among themselves, in `crowds`: what others write is nothing to a row.
+  All rows together, then those left among themselves, in `crowds` by `shares`: what others write is nothing to a row.
+  Each then has its prompt's keys and values to itself.
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
   `parallel.on_any_share`.
@@ -243,7 +250,7 @@ def decode_round(
     waiting_elsewhere += state.waiting.sum() - left.waiting.sum()
     return state.put(rows, decode(prefix.take(query_ids), temperature[query_ids], waiting_elsewhere, sizes[1:], left))
 
-  return decode(prefix, temperature, 0, crowds(config, state.length.size)[1:], state)
+  return decode(prefix, temperature, 0, crowds(state.length.size, shares)[1:], state)
 
 
 # Compiled once a shape, however many samplers a process makes.
@@ -268,8 +275,9 @@ def _compiled_round(
   together = is_split(devices)
   patience = PATIENCE if together or len(devices) == 1 else PATIENCE_OF_MANY
   part = functools.partial(
-    decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together, patience
-  )
+    decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together, patience,
+    shares_of(config, platform_of(devices)),
+  )  # fmt: skip
   return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 

@@ -14,7 +14,6 @@ from gfn_jax import losses, policy
 from gfn_jax.config import num_micro_batches
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.parallel import DATA_AXIS, micro_batches
-from gfn_jax.prefix_tree import PADDING, Padding
 from gfn_jax.types import Batch, TrainState
 
 
@@ -108,8 +107,8 @@ def train_step(
 
   Numerator, denominator and gradients are summed over micro-batches and devices before they are divided, so the
   result does not depend on how many carried them (but for the adapter's dropout, where it is on: each micro-batch draws
-  its own, by its place in the whole batch). Returns the new state and metrics (the mean over epochs), both the same on
-  every device.
+  its own, by its place in the whole batch, and so does each bin where they go one by one). Returns the new state and
+  metrics (the mean over epochs), both the same on every device.
   """
   rows = micro_batches(batch, settings.num_micro_batches)
   all_batches = settings.num_micro_batches * jax.lax.axis_size(DATA_AXIS)
@@ -166,11 +165,11 @@ def step_settings(
   model: ModelConfig,
   stop_token_id: int,
   num_devices: int,
-  padding: Padding = PADDING,
+  bin_by_bin: bool = False,
 ) -> StepSettings:
   """What a config fixes of a step whose batch is shared by `num_devices` (the size of the axis `data`).
 
-  `padding`: of its trees.
+  `bin_by_bin`: as its trees are padded.
   """
   method, supervised, gradients = config.method, config.method == "sft", {}
   # Policy gradients compare the policy with itself before the update: no dropout in between.
@@ -183,7 +182,7 @@ def step_settings(
     model, config.loss.name if method == "gfn" else method, config.loss.subtb_lambda,
     1 if supervised else config.sampler.num_samples,
     num_micro_batches(config, num_devices), config.sampler.max_length, stop_token_id, dropout, config.model.remat,
-    config.sampler.min_length, num_epochs(config), gradients, not padding.several_bins,
+    config.sampler.min_length, num_epochs(config), gradients, bin_by_bin,
   )  # fmt: skip
 
 

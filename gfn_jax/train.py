@@ -181,8 +181,8 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   state = bare = TrainState(jnp.int32(0), trained, optimizer.init(trained))
   if config.train.max_staleness:
     state = LaggedState(**vars(bare), previous_lora=jax.tree.map(jnp.copy, lora))
-  everywhere = all_devices()
-  settings = step_settings(config, model, task.stop_token_id, num_shares(config.mesh.model), collector.padding)
+  shares, bin_by_bin = num_shares(config.mesh.model), collector.padding.bin_by_bin
+  settings = step_settings(config, model, task.stop_token_id, shares, bin_by_bin)
   update = functools.partial(train_step, settings, optimizer)
   if is_split(devices):
     mesh = mesh_of(devices)
@@ -191,7 +191,7 @@ def set_up(config: ml_collections.ConfigDict) -> tuple[Run, TrainState]:
   else:
     shardings, share = replicated(devices), functools.partial(split, devices=devices)
     update = jax.pmap(
-      update, axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None, devices=everywhere, donate_argnums=(4,)
+      update, axis_name=DATA_AXIS, in_axes=(None,) * 5 + (0,), out_axes=None, devices=all_devices(), donate_argnums=(4,)
     )
   return Run(parts, suite, collector, share, update, shardings), jax.device_put(state, shardings)
 

@@ -139,7 +139,8 @@ class Trees:
     positions: int [G, U], tokens before it.
     ancestors: bool [G, U, U], which nodes stand on the way to a node, itself included.
     node_of: int [B, S], where the prefixes of each trajectory stand among the G U nodes of its share of the batch.
-    num_bins: int [shares], how many bins of each share of the batch, from its first one, hold more than padding.
+    num_bins: int [shares], how many bins of each share of the batch, from its first one, hold more than padding: of all
+      as many as the fullest has, since groups of devices that hold a model together go through them together.
   """
 
   tokens: Any

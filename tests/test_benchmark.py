@@ -150,7 +150,6 @@ def test_rewards_count_each_distinct_prefix_once():
 
 
 def test_trips_of_a_decoding_round():
-  model = tiny_pretrained().config
   # [1 device, 1 query, 4 rows] of at most 5 tokens: stops after 1 token, asks the tool after 3, had ended, is cut off.
   before, after = np.array([[[0, 0, 4, 3]]]), np.array([[[1, 3, 4, 5]]])
   state = RolloutState(*[None] * 11)
@@ -159,18 +158,17 @@ def test_trips_of_a_decoding_round():
     active=np.zeros((1, 1, 4), bool),
   )  # fmt: skip
   active = np.array([[[True, True, False, True]]])
-  assert work.decode_trips(model, active, before, state) == (3,)
+  assert work.decode_trips([4], active, before, state) == (3,)
   # A stop takes a trip that writes nothing.
   stops = state.replace(length=np.array([[[3, 3, 4, 5]]]))
-  assert work.decode_trips(model, active, before, stops) == (4,)
+  assert work.decode_trips([4], active, before, stops) == (4,)
   # Too many rows wait: one that would go on has written a token a trip.
   on = state.replace(length=np.array([[[3, 3, 4, 3]]]), active=np.array([[[True, False, False, False]]]))
-  assert work.decode_trips(model, active, before, on.replace(waiting=np.array([[[False, True, False, True]]]))) == (3,)
+  assert work.decode_trips([4], active, before, on.replace(waiting=np.array([[[False, True, False, True]]]))) == (3,)
 
 
-def test_trips_of_a_rounds_crowds(monkeypatch):
+def test_trips_of_a_rounds_crowds():
   """[2 devices, 1 query, 64 rows]: crowds of 64, 32 and 8."""
-  monkeypatch.setattr("gfn_jax.sampler.WORTH_COMPILING", 0.0)
   length = np.array([[[7] * 3 + [5] * 17 + [3] * 16 + [1] * 28], [[4] * 40 + [2] * 24]])
   none = np.zeros(length.shape, bool)
   state = RolloutState(*[None] * 11).replace(
@@ -178,7 +176,7 @@ def test_trips_of_a_rounds_crowds(monkeypatch):
   )
   # Rows of the first device stop in the second, fourth and sixth trip, which leaves 36, 20 and 3. Of the second 40 wait
   # after four.
-  trips = work.decode_trips(tiny_pretrained().config, ~none, np.zeros_like(length), state)
+  trips = work.decode_trips([64, 32, 8], ~none, np.zeros_like(length), state)
   assert trips == ((4 + 4) / 2, (2 + 0) / 2, (1 + 0) / 2)
 
 

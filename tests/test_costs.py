@@ -61,7 +61,7 @@ def programs(config, model):
   start = functools.partial(sampler.start, model, t)
   begin = (params, lora, None, key, shape(q, p), shape(q, p, dtype=bool), shape(q, n))
   prefix, state = jax.eval_shape(start, *begin)
-  decode = functools.partial(sampler.decode_round, model, 0, 0, None, None, False, False, 1.0)
+  decode = functools.partial(sampler.decode_round, model, 0, 0, None, None, False, False, 1.0, ())
   context = sampler.KeyValues(*[shape(layers, heads, c, dim, dtype=jnp.float32)] * 2)
   trees = [shape(g, u)] * 3 + [shape(g, u, u, dtype=bool), shape(g, u, dtype=bool), shape(g, m)]
   score = functools.partial(rewards._score_trees, model, None)

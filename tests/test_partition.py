@@ -181,11 +181,12 @@ prompts = [rng.integers(0, 72, n).astype(np.int32) for n in rng.integers(3, P + 
 batch = Batch(
   np.arange(Q, dtype=np.int32), tokens, length, inside, terminable_prefixes(length, inside),
   rng.normal(-20, 3, (Q * N, T + 1)).astype(np.float32),
-  build_trees(prompts, tokens, length, 192, Q),
+  build_trees(prompts, tokens, length, P + T, Q),
 )
+assert batch.trees.num_bins[0] > 1
 optimizer = make_optimizer(config)
 
-def two_steps(num_devices, num_model, remat="none"):
+def two_steps(num_devices, num_model, remat="none", bin_by_bin=False):
   # (what the adapter gained, the moments of the optimiser, metrics) of two updates
   config.model.remat = remat
   mesh = make_mesh(jax.devices()[:num_devices], num_model)
@@ -194,7 +195,7 @@ def two_steps(num_devices, num_model, remat="none"):
   start = jax.tree.map(np.array, start)  # which no step can donate
   trained = {"lora": start}
   state = old = put(TrainState(jnp.int32(0), trained, optimizer.init(trained)))
-  settings = step_settings(config, model, stop, num_devices // num_model)
+  settings = step_settings(config, model, stop, num_devices // num_model, bin_by_bin)
   step = map_step(functools.partial(train_step, settings, optimizer), mesh, tree_shardings(model, mesh, state))
   args = put(pretrained.params), jnp.asarray(allowed), jnp.float32(1.3), jax.random.key(0)
   for _ in range(2):
@@ -217,7 +218,7 @@ def assert_same(ours, theirs):
 
 
 one = two_steps(1, 1)
-assert_same(two_steps(4, 2, remat="full"), one)
+assert_same(two_steps(4, 2, remat="full", bin_by_bin=True), one)
 assert_same(two_steps(2, 2), one)  # one share of the data alone
 print("same")
 """

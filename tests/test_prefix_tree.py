@@ -125,7 +125,7 @@ def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
   fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
   samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
   cpu = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8)
-  alike = dataclasses.replace(cpu, several_bins=True)
+  alike = dataclasses.replace(cpu, bin_by_bin=False)
   assert [branches_of_bin(n, cpu) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
   assert [branches_of_bin(n, PADDING) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
   assert samples(fill()) == [9, 9]
@@ -165,10 +165,10 @@ def test_how_many_bins_a_loss_is_given():
   trees = [build_trees([np.array([2])] * 9, tokens, length, 6, padding=p) for p in (PADDING, PADDING_ON_CPU)]
   assert [len(t.tokens) for t in trees] == [10, 16]
   assert [t.num_bins.tolist() for t in trees] == [[9], [9]]
-  # Of two shares one takes four bins, and the other two.
-  tokens[4:] = tokens[3]
-  trees = build_trees([np.array([2])] * 8, tokens[:8], length[:8], 12, 2)
-  assert trees.num_bins.tolist() == [2, 2]
+  # Of two queries, a share each, the first takes two bins of 9 nodes, and the other, whose samples are alike, one.
+  tokens[4:8] = tokens[4]
+  trees = build_trees([np.array([2])] * 2, tokens[:8], length[:8], 9, 2)
+  assert trees.num_bins.tolist() == [2, 2] and not trees.node_of[4:].max() >= 9
 
 
 def test_a_query_can_be_kept_in_one_bin():

@@ -29,7 +29,7 @@ from gfn_jax.benchmark.stopwatch import CompileLog
 from gfn_jax.data import pad_left
 from gfn_jax.draws import block_size, draw_index, filter_tokens, nucleus
 from gfn_jax.models import logits
-from gfn_jax.sampler import PATIENCE, Sampler, _compiled_round, crowds
+from gfn_jax.sampler import PATIENCE, Sampler, _compiled_round, crowds, shares_of
 from gfn_jax.tools import Calculator
 from gfn_jax.types import terminable_prefixes
 from testing import random_lora, run_python, tiny_pretrained
@@ -527,10 +527,12 @@ def test_rows_left_among_themselves_draw_what_they_would_among_all(monkeypatch):
     _compiled_round.cache_clear()
     return z
 
-  assert crowds(pretrained.config, 60) == [60]
+  assert not shares_of(pretrained.config, "cpu")
   among_all = rows()
   monkeypatch.setattr("gfn_jax.sampler.WORTH_COMPILING", 0.0)
-  assert crowds(pretrained.config, 60) == [60, 30, 7] and crowds(pretrained.config, 3) == [3, 1]
+  assert not shares_of(pretrained.config, "tpu")
+  shares = shares_of(pretrained.config, "cpu")
+  assert crowds(60, shares) == [60, 30, 7] and crowds(3, shares) == [3, 1]
   left = rows()
   assert len(set(among_all.length.tolist())) > 4  # rows end at all times
   for name in ("tokens", "length", "action_mask"):

@@ -30,7 +30,9 @@ from gfn_jax.flops import decode_bytes
 from gfn_jax.metrics import MetricsWriter, StepLog
 from gfn_jax.models import LoraConfig
 from gfn_jax.models.decoder import param_dtype
+from gfn_jax.parallel import platform_of
 from gfn_jax.rewards import Reward
+from gfn_jax.sampler import crowds, shares_of
 from gfn_jax.train import Run, set_up
 from gfn_jax.types import Trajectory
 from gfn_jax.version import __version__
@@ -129,7 +131,8 @@ class PhaseTimer:
     def timed_decode(lora, prefix, temperature, state):
       active, length = np.array(state.active), np.array(state.length)  # before the state is donated
       state = watch("decode", decode, lora, prefix, temperature, state)
-      watch.calls[-1].trips = work.decode_trips(parts.pretrained.config, active, length, state)
+      shares = shares_of(parts.pretrained.config, platform_of(parts.devices))
+      watch.calls[-1].trips = work.decode_trips(crowds(active[0].size, shares), active, length, state)
       return state
 
     def seen(ids, z, wanted):

@@ -4,6 +4,7 @@ Samples of a query share its prompt and, in the reward, their common prefixes. A
 stands before it. Logits are needed where a token or a stop is scored.
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -14,7 +15,6 @@ from gfn_jax.flops import backward_flops, forward_flops
 from gfn_jax.models import LoraConfig
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.prefix_tree import build_tree
-from gfn_jax.sampler import crowds
 from gfn_jax.types import Trajectory
 
 ROOT = np.zeros(1, np.int32)  # stands for a prompt, which is counted apart
@@ -102,10 +102,11 @@ def rewards(
   return trunk, branches
 
 
-def decode_trips(model: ModelConfig, active: Any, length: Any, after: Any) -> tuple[float, ...]:
-  """How often the loops of a decoding round ran, one for each of `sampler.crowds`; means over devices.
+def decode_trips(crowds: Sequence[int], active: Any, length: Any, after: Any) -> tuple[float, ...]:
+  """How often the loops of a decoding round ran, one for each of its `crowds`; means over devices.
 
   Args:
+    crowds: `sampler.crowds` of a device's q * N rows.
     active, length: [D, q, N], of the rows before the round. after: the `sampler.RolloutState` that it left.
   """
   grown = np.asarray(after.length) - length
@@ -113,5 +114,5 @@ def decode_trips(model: ModelConfig, active: Any, length: Any, after: Any) -> tu
   stopped = active & ended & (np.asarray(after.length) < after.tokens.shape[-1])
   trips = -np.sort(-(grown + stopped).reshape(len(length), -1))  # of each row, the most first
   # A loop is over when no more rows are active than the next one takes.
-  until = [trips[:, size].mean() for size in crowds(model, trips.shape[1])[1:]] + [trips[:, 0].mean()]
+  until = [trips[:, size].mean() for size in crowds[1:]] + [trips[:, 0].mean()]
   return tuple(np.diff(until, prepend=0.0).tolist())
