@@ -329,9 +329,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
       )
       log.evaluation(config.train.num_steps, results, samples)
       if distributed.is_first():
-        contract.write_model_card(
-          workdir, config, pretrained, results, task.reward_text(config), final_temperature, learned_steps
-        )
+        contract.write_model_card(workdir, config, pretrained, results, task, final_temperature, learned_steps)
     except Preempted:  # between rounds: state and buffer are those of the last whole step
       checkpoints.wait()
       save()

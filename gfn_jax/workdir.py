@@ -18,6 +18,7 @@ from gfn_jax.files import Path, is_remote, reason, to_path, write_text
 from gfn_jax.files import finished_steps as finished_steps
 from gfn_jax.losses import PREFIX_LOSSES
 from gfn_jax.models import Pretrained
+from gfn_jax.task import Task
 from gfn_jax.version import __version__
 
 
@@ -129,11 +130,11 @@ def write_model_card(
   config: ml_collections.ConfigDict,
   pretrained: Pretrained,
   results: Mapping[str, float],
-  reward: str,
+  task: Task,
   reward_temperature: float,
   num_steps: int,
 ) -> None:
-  """adapter/README.md: base, task, `reward` in words, seed, and how close the policy is to the posterior.
+  """adapter/README.md: base, task, its reward in words, seed, and how close the policy is to the posterior.
 
   Args:
     reward_temperature: at the end of training, at which it was measured. num_steps: that the adapter has learned for.
@@ -147,19 +148,19 @@ def write_model_card(
   text = f"""---
 base_model: {pretrained.source}
 library_name: peft
-tags: [{kind.lower()}, lora, {config.task}]
+tags: [{kind.lower()}, lora, {task.name}]
 ---
 
-# {config.task}: a {kind} sampler on {pretrained.source}
+# {task.name}: a {kind} sampler on {pretrained.source}
 
 A LoRA adapter (rank {config.lora.rank}, alpha {config.lora.alpha:g}) that {aim}
-R(Z) = {reward}.
+R(Z) = {task.reward_text(config)}.
 Loss {objective}, {num_steps} steps, seed {config.seed}, gfn_jax {__version__}.
 
 Licence: that of the base model, {pretrained.licence}.
 
     from peft import PeftModel
-    model = PeftModel.from_pretrained(base, "adapter")
+    model = PeftModel.from_pretrained(base, "adapter")  # base: the model above, as transformers loads it
 
 | measured on held-out problems | |
 |---|---|
