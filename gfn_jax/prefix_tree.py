@@ -164,6 +164,8 @@ class _Rows:
 
   def ends_from(self, start: int) -> np.ndarray:
     """int [N - start], the distinct wanted prefixes of such a tree."""
+    if not self._wanted.any():
+      return np.zeros(len(self.order) - start, int)
     if start not in self._ends:
       depths = np.arange(self._wanted.shape[1])
       met, new = np.zeros(depths.shape, bool), []  # of what the row before begins with
