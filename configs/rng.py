@@ -45,15 +45,15 @@ def get_config(variant: str = ""):
   config.loss.name = "tb"
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
   # Without the buffer the number 100, begun as 10 is, is soon never sampled again; tempering meets what is no number,
-  # and each such sample outweighs the numbers in the gradient: it ends before the learning rate does.
+  # and each such sample outweighs the numbers in the gradient: temperatures are low, and fall as the learning rate does.
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
-  config.behavior.temperature_low, config.behavior.anneal_steps = 1.0, 400
+  config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.25
   config.replay.capacity, config.replay.similarity = 128, 0.0
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
   config.replay.prioritized, config.replay.best_prefix = False, True
   config.data.unseeded_weight = 1.0
-  config.train.num_steps, config.train.decay_steps = 500, 500
+  config.train.num_steps = config.train.decay_steps = config.behavior.anneal_steps = 500
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
   config.checkpoint.every_steps = config.eval.every_steps = 50
   config.eval.num_validation = 4
