@@ -40,12 +40,12 @@ def get_config(variant: str = ""):
   config.lora.targets = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
   config.sampler.max_length, config.sampler.num_samples = 3, 24
   # Every pair of SubTB with the empty prefix goes through the logit of one improbable token, its stop: that slows this
-  # task down, in which a prefix tells nothing that its number does not. Whole samples, by a log Z
-  # that is learned: VarGrad's is that of 24 samples drawn alike, and does not compare what is replayed with the others.
+  # task down, in which a prefix tells nothing that its number does not. Whole samples, by a log Z that is learned:
+  # VarGrad's is that of 24 samples drawn alike, and does not compare what is replayed with the others.
   config.loss.name = "tb"
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
   # Without the buffer the number 100, begun as 10 is, is soon never sampled again; tempering meets what is no number,
-  # and each such sample outweighs the numbers in the gradient: temperatures are low, and fall as the learning rate does.
+  # and each such sample outweighs the numbers in the gradient: temperatures are low and fall as the learning rate does.
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.25
   config.replay.capacity, config.replay.similarity = 128, 0.0
