@@ -34,6 +34,7 @@ PATIENCE, PATIENCE_OF_MANY = 1 / 8, 1.0
 # On CPUs, which are slower with every row, rows go on with fewer beside them when no more than these shares of all are
 # active. Each share is a loop, which takes seconds to compile: a token of a row must cost so many FLOPs.
 SHARES, WORTH_COMPILING = (1 / 2, 1 / 8), 1e8
+ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
 
 
 @flax.struct.dataclass
