@@ -169,9 +169,9 @@ def test_bytes_are_those_of_the_compiled_step():
   batch = plan.abstract_batch(config, model, 1, 8)
   size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))  # noqa: E731
   analysis = compiled.memory_analysis()
-  # The vocabulary's mask and the temperature are arguments too; not used are dropout's key, a tb loss's query_ids, and
-  # Z's tokens, which stand in its trees.
-  used = (params, state, batch.replace(query_ids=None, tokens=None))
+  # The vocabulary's mask and the temperature are arguments too; not used are dropout's key, a tb loss's query_ids, Z's
+  # tokens, which stand in its trees, and how many bins these fill.
+  used = (params, state, batch.replace(query_ids=None, tokens=None, trees=batch.trees.replace(num_bins=None)))
   assert analysis.argument_size_in_bytes == size(used) + 72 + 4
   # Logits of a micro-batch alone: a backward pass needs them.
   assert memory.temporaries > 2 * config.sampler.num_samples * (config.sampler.max_length + 1) * 72 * 4
