@@ -465,7 +465,7 @@ for loss in layouts:
   for num_devices, micro_batches, bin_by_bin in layouts[loss]:
     devices = jax.devices()[:num_devices]
     shares = num_devices * micro_batches
-    trees = build_trees(prompts, tokens, length, 64 if bin_by_bin else 192, shares)
+    trees = build_trees(prompts, tokens, length, P + T if bin_by_bin else 192, shares)
     assert not bin_by_bin or trees.num_bins[0] > 1
     batch = Batch(*rows, trees)
     settings = StepSettings(pretrained.config, loss, 0.9, N, micro_batches, T, stop, False, bin_by_bin=bin_by_bin)
