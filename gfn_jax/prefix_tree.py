@@ -8,7 +8,7 @@ prompt once more.
 from collections.abc import Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Int
 import numpy as np
@@ -177,6 +177,15 @@ class _Rows:
     return self._ends[start]
 
 
+class _Cut(NamedTuple):
+  """One way to fill bins: their tokens, nodes and branches together, and what `_cut` took and returned."""
+
+  num_tokens: int
+  size: int
+  most_ends: int
+  bins: list[list[tuple[int, np.ndarray]]]
+
+
 def _cut(
   queries: Sequence[_Rows], size: int, most_ends: int, whole: bool
 ) -> tuple[list[list[tuple[int, np.ndarray]]], list[int]]:
@@ -235,30 +244,28 @@ def fill_bins(
   queries = [_Rows(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
   branches_of = functools.partial(branches_of_bin, padding=padding)
 
-  def cut(size: int, most_ends: int) -> tuple[int, int, int, list]:
-    """(tokens, nodes of a bin, most_ends, bins)."""
+  def cut(size: int, most_ends: int) -> _Cut:
     bins, ends = _cut(queries, size, most_ends, whole)
     branches = map(branches_of, ends) if padding.bin_by_bin else [max(map(branches_of, ends), default=0)] * len(ends)
-    return len(bins) * size + behind * sum(branches), size, most_ends, bins
+    return _Cut(len(bins) * size + behind * sum(branches), size, most_ends, bins)
 
   if whole:
     size = max(size, bucket(max(int(q.nodes_from(0)[-1]) for q in queries)))
   limits = {branches_of(size * k // 8) for k in range(1, 9)} if behind else {size}
-  best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found[0])
-  for eighths in {1: range(1, 8), 2: (6,)}.get(len(best[3]), ()):  # few sizes, which are programs
-    again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best[2])
-    if len(again[3]) == len(best[3]) and again[0] < best[0]:
+  best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found.num_tokens)
+  for eighths in {1: range(1, 8), 2: (6,)}.get(len(best.bins), ()):  # few sizes, which are programs
+    again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best.most_ends)
+    if len(again.bins) == len(best.bins) and again.num_tokens < best.num_tokens:
       best = again
-  _, size, _, found = best
   bins = []
-  for parts in found:
+  for parts in best.bins:
     bins.append([])
     start = 0
     for q, own in parts:
       tree = build_tree(prompts[q], tokens[own], length[own])
       bins[-1].append(Part(q, own, tree, start))
       start += len(tree)
-  return bins, size
+  return bins, best.size
 
 
 def stack_bins(

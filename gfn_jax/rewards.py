@@ -58,21 +58,21 @@ def _score_trees(
   segments = [] if context is None else [context_segment(context)]
   positions = before + positions
   hidden, kv = hidden_states(config, params, lora, tokens, positions, ancestors, segments)
-  logits = output_logits(config, params, hidden)
+  trunk_logits = output_logits(config, params, hidden)
   bins = jnp.arange(len(tokens))[:, None]
 
   # Trunk: a prefix's log-probability is the sum over its way from the root.
-  masked, log_z = masked_logits(logits, allowed_tokens)
-  steps = jnp.where(written, masked[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
+  z_logits, log_z = masked_logits(trunk_logits, allowed_tokens)
+  steps = jnp.where(written, z_logits[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
   ways = ancestors[bins, branches]  # [G, M, U]
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
   if stop_token_id is not None:
-    log_p_stop = masked[..., stop_token_id] - log_z[..., 0]
+    log_p_stop = z_logits[..., stop_token_id] - log_z[..., 0]
     log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_p_stop[bins, branches])
 
   # Branches: the trunk predicts a target's first token, the branch the others.
-  logits, log_z = masked_logits(logits, None)
-  first = logits[bins, branches, target_tokens[..., 0]] - log_z[bins, branches, 0]
+  first_logits, log_z = masked_logits(trunk_logits, None)
+  first = first_logits[bins, branches, target_tokens[..., 0]] - log_z[bins, branches, 0]
   log_p_target = jnp.where(target_mask[..., 0], first, 0.0)
   n = target_tokens.shape[-1] - 1
   if n > 0:
@@ -82,8 +82,8 @@ def _score_trees(
     target_positions = jnp.where(target_mask[..., :-1], start[..., None] + jnp.arange(n), 0)
     inputs = target_tokens[..., :-1]
     branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
-    logits, log_z = masked_logits(output_logits(config, params, branch_hidden), None)
-    rest = (jnp.take_along_axis(logits, target_tokens[..., 1:, None], axis=-1) - log_z)[..., 0]
+    rest_logits, log_z = masked_logits(output_logits(config, params, branch_hidden), None)
+    rest = (jnp.take_along_axis(rest_logits, target_tokens[..., 1:, None], axis=-1) - log_z)[..., 0]
     log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
   return log_p_prefix, log_p_target
 
