@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
     "table": ml_collections.config_dict.placeholder(str),  # a JSON object of number -> weight
     "prompt": ml_collections.config_dict.placeholder(str),  # instead of the target's own
     "num_demonstrations": 1000,  # of method "sft": numbers drawn from the target
-    "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default log V + 12
+    "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default log V + 18
   })  # fmt: skip
   config.model.name = smollm2()
   # Adapters everywhere learn several times faster here than the paper's rank 512 on keys and values.
@@ -44,16 +44,17 @@ def get_config(variant: str = ""):
   # VarGrad's is that of 24 samples drawn alike, and does not compare what is replayed with the others.
   config.loss.name = "tb"
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
-  # Without the buffer the number 100, begun as 10 is, is soon never sampled again; tempering meets what is no number,
-  # and each such sample outweighs the numbers in the gradient: temperatures are low and fall as the learning rate does.
+  # Without the buffer the number 100, begun as 10 is, is soon never sampled again. Tempering meets what is no number
+  # ("103"), which the policy itself samples too seldom to unlearn it; but each such sample outweighs the numbers in the
+  # gradient, so that at temperatures of 2 these are learned far more slowly.
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
-  config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.25
+  config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.5
   config.replay.capacity, config.replay.similarity = 128, 0.0
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
   config.replay.prioritized, config.replay.best_prefix = False, True
   config.data.unseeded_weight = 1.0
-  config.train.num_steps = config.train.decay_steps = config.behavior.anneal_steps = 500
+  config.train.num_steps = config.train.decay_steps = 500
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
   config.checkpoint.every_steps = config.eval.every_steps = 50
   config.eval.num_validation = 4

@@ -85,8 +85,7 @@ def base_config() -> ml_collections.ConfigDict:
     "sampler": c({"num_samples": 16, "min_length": 0, "max_length": 20,
       "stop_at_eos": False}),  # where there is a target: Z ends with the end of text, not where the target begins
     # Shares of a step's queries; what is left of 1 samples from the policy as it is.
-    "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0,
-      "anneal_steps": 0}),  # in which the temperatures' range shrinks linearly to 1; 0: it stays
+    "behavior": c({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}),
     "reward": c({
       "temperature_start": 1.0,
       "temperature_end": 1.0,
@@ -263,7 +262,7 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     "seed", "sampler.min_length", "reward.num_demonstrations", "train.micro_batch_queries", "train.warmup_steps",
     "train.decay_steps", "train.weight_decay", "data.seed", "eval.num_validation", "data.num_seed_rationales",
     "data.unseeded_weight", "loss.log_partition_learning_rate", "reward.rival_penalty", "train.patience",
-    "em.num_rounds", "em.warmup_steps", "ppo.kl_coefficient", "grpo.kl_coefficient", "behavior.anneal_steps",
+    "em.num_rounds", "em.warmup_steps", "ppo.kl_coefficient", "grpo.kl_coefficient",
   )  # fmt: skip
   for field in positive:
     _require(flat[field] > 0, f"config.{field} is {flat[field]}: must be positive")

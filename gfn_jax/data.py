@@ -59,8 +59,7 @@ def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behav
 
   Args:
     weights: float [examples].
-    behavior: the config's shares `buffer` and `tempered`, the range `temperature_low` to `temperature_high`, and
-      `anneal_steps`.
+    behavior: the config's shares `buffer` and `tempered`, and the range `temperature_low` to `temperature_high`.
   """
   rng = step_rng(seed, PLAN_STREAM, step)
   too_few = np.count_nonzero(weights) < num_queries
@@ -69,9 +68,7 @@ def plan_step(seed: int, step: int, weights: np.ndarray, num_queries: int, behav
   order = np.arange(num_queries)
   temperature = np.ones(num_queries, np.float32)
   tempered = (order >= num_buffer) & (order < num_buffer + num_tempered)
-  kept = max(0.0, 1 - step / behavior.anneal_steps) if behavior.anneal_steps else 1.0
-  low, high = (1 + kept * (t - 1) for t in (behavior.temperature_low, behavior.temperature_high))
-  temperature[tempered] = rng.uniform(low, high, tempered.sum())
+  temperature[tempered] = rng.uniform(behavior.temperature_low, behavior.temperature_high, tempered.sum())
   return StepPlan(query_ids, order < num_buffer, temperature)
 
 

@@ -10,7 +10,7 @@ from gfn_jax.task import Task
 from gfn_jax.types import Example
 
 BEHAVIOR = ml_collections.ConfigDict(
-  {"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0, "anneal_steps": 0}
+  {"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}
 )
 
 
@@ -30,16 +30,6 @@ def test_every_step_has_the_shares_of_the_mix():
 def test_temperatures_fill_their_range():
   drawn = np.concatenate([p.temperature[p.temperature != 1] for p in plans(np.ones(20), 400)])
   assert abs(drawn.mean() - 1.25) < 0.03 and drawn.min() < 0.52 and drawn.max() > 1.98
-
-
-def test_annealed_temperatures_shrink_to_the_policy_itself():
-  annealed = BEHAVIOR.copy_and_resolve_references()
-  annealed.anneal_steps = 100
-  drawn = [data.plan_step(7, step, np.ones(20), 8, annealed).temperature for step in range(200)]
-  np.testing.assert_array_equal(drawn[0], data.plan_step(7, 0, np.ones(20), 8, BEHAVIOR).temperature)
-  halfway = np.concatenate(drawn[45:56])  # 0.55 to 0.45 of the way from 1 to either end
-  assert halfway.min() < 0.85 and halfway.max() > 1.3 and ((halfway > 0.72) & (halfway < 1.56)).all()
-  assert all((t == 1).all() for t in drawn[100:])
 
 
 def test_queries_are_drawn_by_weight_in_every_role():

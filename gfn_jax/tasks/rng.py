@@ -95,7 +95,8 @@ def _read_table(table: str | None, low: int, high: int) -> dict[int, float]:
 class NumberReward:
   """log p_target(n) where a prefix is a number, else -penalty times how many of its last tokens lead to none.
 
-  A string of k wrong tokens is one of V^k: only a penalty above log V nats keeps all of them together improbable.
+  A string of k wrong tokens is one of V^k, which have exp(-k (penalty - log V)) together behind each beginning of a
+  number, where all numbers have 1: a penalty must be well above log V nats.
   """
 
   def __init__(self, log_probs: dict[tuple[int, ...], float], penalty: float):
@@ -156,7 +157,7 @@ class RngTask(Task):
       )
     if len(self._numbers) < len(self.number_tokens) or () in self._numbers:
       raise ValueError(f"model {config.model.name!r} does not write the numbers {c.low}..{c.high} apart")
-    self._penalty = math.log(vocab_size) + 12 if c.penalty is None else c.penalty
+    self._penalty = math.log(vocab_size) + 18 if c.penalty is None else c.penalty
     self._query = self.example_of(self.prompt)
     self.examples = [self._query]
     if config.method == "sft":
