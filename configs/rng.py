@@ -32,7 +32,7 @@ def get_config(variant: str = ""):
     "table": ml_collections.config_dict.placeholder(str),  # a JSON object of number -> weight
     "prompt": ml_collections.config_dict.placeholder(str),  # instead of the target's own
     "num_demonstrations": 1000,  # of method "sft": numbers drawn from the target
-    "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default log V + 18
+    "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default all such have 1e-6
   })  # fmt: skip
   config.model.name = smollm2()
   # Adapters everywhere learn several times faster here than the paper's rank 512 on keys and values.
@@ -46,7 +46,7 @@ def get_config(variant: str = ""):
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
   # Without the buffer the number 100, begun as 10 is, is soon never sampled again. Tempering meets what is no number
   # ("103"), which the policy itself samples too seldom to unlearn it; but each such sample outweighs the numbers in the
-  # gradient, so that at temperatures of 2 these are learned far more slowly.
+  # gradient: with temperatures up to 2 these were learned more slowly (README, Results).
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.5
   config.replay.capacity, config.replay.similarity = 128, 0.0

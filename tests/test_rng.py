@@ -187,6 +187,18 @@ def test_the_bounds_enclose_the_partition_function(base):
   assert found["log_partition_lower"] < 0 < found["log_partition_upper"]
 
 
+def test_what_is_no_number_has_a_millionth_of_the_target(base):
+  task = make_task(base)
+  numbers, log_reward = set(task.number_tokens.values()), task.make_reward(None, base, {}, None, ())._log_reward
+  starts = {tokens[:t] for tokens in numbers for t in range(len(tokens) + 1)}
+  # One wrong token stands for all: none of them begins a number, and they cost the same.
+  wrong = next(t for t in range(base.config.vocab_size) if not any((*s, t) in starts for s in starts))
+  number = [base.config.vocab_size - sum(len(s) == len(x) + 1 and s[:-1] == x for s in starts) for x in starts]
+  mass = sum(n * math.exp(log_reward((*start, wrong))) for n, start in zip(number, starts))
+  assert 0.5e-6 < mass < 1e-6
+  assert sum(math.exp(log_reward(n)) for n in numbers) == pytest.approx(1)
+
+
 def test_histogram_kl_by_hand():
   log_p = {0: math.log(0.5), 1: math.log(0.25), 2: math.log(0.25)}
   expected = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.25)

@@ -4,7 +4,7 @@ X "The following is a random integer drawn uniformly between 0 and 100: ", Z "57
 the reward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 import dataclasses
 import itertools
 import math
@@ -92,17 +92,21 @@ def _read_table(table: str | None, low: int, high: int) -> dict[int, float]:
   return scores
 
 
+def beginnings(numbers: Iterable[tuple[int, ...]]) -> set[tuple[int, ...]]:
+  """The tokens that a number begins with: none, some, or all of it."""
+  return {tokens[:t] for tokens in numbers for t in range(len(tokens) + 1)}
+
+
 class NumberReward:
   """log p_target(n) where a prefix is a number, else -penalty times how many of its last tokens lead to none.
 
-  A string of k wrong tokens is one of V^k, which have exp(-k (penalty - log V)) together behind each beginning of a
-  number, where all numbers have 1: a penalty must be well above log V nats.
+  The empty prefix costs as much as one wrong token, and so does a beginning that is no number.
   """
 
   def __init__(self, log_probs: dict[tuple[int, ...], float], penalty: float):
     """`log_probs`: tokens of a number -> log p, nats. `penalty`: nats a wrong token."""
     self._log_probs, self._penalty = log_probs, penalty
-    self._beginnings = {tokens[:t] for tokens in log_probs for t in range(len(tokens) + 1)}
+    self._beginnings = beginnings(log_probs)
 
   def _log_reward(self, tokens: tuple[int, ...]) -> float:
     if tokens in self._log_probs:
@@ -157,7 +161,9 @@ class RngTask(Task):
       )
     if len(self._numbers) < len(self.number_tokens) or () in self._numbers:
       raise ValueError(f"model {config.model.name!r} does not write the numbers {c.low}..{c.high} apart")
-    self._penalty = math.log(vocab_size) + 18 if c.penalty is None else c.penalty
+    # A token of V is wrong behind each beginning: all of these together have exp(-14), about 1e-6, of the target.
+    wrong = vocab_size * len(beginnings(self._numbers))
+    self._penalty = math.log(wrong) + 14 if c.penalty is None else c.penalty
     self._query = self.example_of(self.prompt)
     self.examples = [self._query]
     if config.method == "sft":
