@@ -239,23 +239,17 @@ def decode_round(
     )
 
   def decode(prefix: Prefix, temperature: jax.Array, waiting_elsewhere: jax.Array | int, sizes: list[int], state):
-    def goes_on(state: RolloutState, more_than: int = 0) -> jax.Array:
+    def goes_on(state: RolloutState) -> jax.Array:
       active, waiting = state.active.sum(), state.waiting.sum() + waiting_elsewhere
-      return on_any_share((active > more_than) & (waiting <= patience * active), together)
+      return on_any_share((active > (sizes[0] if sizes else 0)) & (waiting <= patience * active), together)
 
-    crowded = functools.partial(goes_on, more_than=sizes[0] if sizes else 0)
-    state = jax.lax.while_loop(crowded, functools.partial(step, prefix, temperature), state)
+    state = jax.lax.while_loop(goes_on, functools.partial(step, prefix, temperature), state)
     if not sizes:
       return state
-
-    def among_themselves(state: RolloutState) -> RolloutState:
-      rows = jnp.argsort(~state.active.ravel())[: sizes[0]]
-      left, query_ids = state.take(rows), rows // state.length.shape[1]
-      elsewhere = waiting_elsewhere + state.waiting.sum() - left.waiting.sum()
-      return state.put(rows, decode(prefix.take(query_ids), temperature[query_ids], elsewhere, sizes[1:], left))
-
-    # A round may be over with any crowd: caches are copied only for rows that go on.
-    return jax.lax.cond(goes_on(state), among_themselves, lambda state: state, state)
+    rows = jnp.argsort(~state.active.ravel())[: sizes[0]]
+    left, query_ids = state.take(rows), rows // state.length.shape[1]
+    waiting_elsewhere += state.waiting.sum() - left.waiting.sum()
+    return state.put(rows, decode(prefix.take(query_ids), temperature[query_ids], waiting_elsewhere, sizes[1:], left))
 
   return decode(prefix, temperature, 0, crowds(state.length.size, shares)[1:], state)
 
