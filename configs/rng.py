@@ -32,7 +32,8 @@ def get_config(variant: str = ""):
     "table": ml_collections.config_dict.placeholder(str),  # a JSON object of number -> weight
     "prompt": ml_collections.config_dict.placeholder(str),  # instead of the target's own
     "num_demonstrations": 1000,  # of method "sft": numbers drawn from the target
-    "penalty": ml_collections.config_dict.placeholder(float),  # nats a wrong token; by default all such have 1e-6
+    # Nats a wrong token; by default so many that all wrong strings together have 1e-6 of the target.
+    "penalty": ml_collections.config_dict.placeholder(float),
   })  # fmt: skip
   config.model.name = smollm2()
   # Adapters everywhere learn several times faster here than the paper's rank 512 on keys and values.

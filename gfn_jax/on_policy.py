@@ -19,9 +19,7 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.parallel import micro_batches, over_data, split
 from gfn_jax.types import Acts, Batch, Queries
 
-ON_POLICY = ml_collections.FrozenConfigDict(
-  dict(buffer=0.0, tempered=0.0, temperature_low=1.0, temperature_high=1.0)
-)
+ON_POLICY = ml_collections.FrozenConfigDict(dict(buffer=0.0, tempered=0.0, temperature_low=1.0, temperature_high=1.0))
 
 
 def measure(

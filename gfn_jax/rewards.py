@@ -62,12 +62,12 @@ def _score_trees(
   bins = jnp.arange(len(tokens))[:, None]
 
   # Trunk: a prefix's log-probability is the sum over its way from the root.
-  z_logits, log_z = masked_logits(trunk_logits, allowed_tokens)
-  steps = jnp.where(written, z_logits[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
+  allowed_logits, log_z = masked_logits(trunk_logits, allowed_tokens)
+  steps = jnp.where(written, allowed_logits[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
   ways = ancestors[bins, branches]  # [G, M, U]
   log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
   if stop_token_id is not None:
-    log_p_stop = z_logits[..., stop_token_id] - log_z[..., 0]
+    log_p_stop = allowed_logits[..., stop_token_id] - log_z[..., 0]
     log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_p_stop[bins, branches])
 
   # Branches: the trunk predicts a target's first token, the branch the others.

@@ -9,9 +9,7 @@ from gfn_jax.models.prefix import without_start
 from gfn_jax.task import Task
 from gfn_jax.types import Example
 
-BEHAVIOR = ml_collections.ConfigDict(
-  {"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0}
-)
+BEHAVIOR = ml_collections.ConfigDict({"buffer": 0.25, "tempered": 0.5, "temperature_low": 0.5, "temperature_high": 2.0})
 
 
 def plans(weights, number, num_queries=8):
