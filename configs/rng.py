@@ -45,7 +45,7 @@ def get_config(variant: str = ""):
   # VarGrad's is that of 24 samples drawn alike, and does not compare what is replayed with the others.
   config.loss.name = "tb"
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
-  # Without the buffer the number 100, begun as 10 is, is soon never sampled again. Tempering meets what is no number
+  # Without the buffer the number 100, begun as 10 is, is soon never sampled again: so it must hold it from the start. Tempering meets what is no number
   # ("103"), which the policy itself samples too seldom to unlearn it; but each such sample outweighs the numbers in the
   # gradient: with temperatures up to 2 these were learned more slowly (README, Results).
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
@@ -54,6 +54,7 @@ def get_config(variant: str = ""):
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
   config.replay.prioritized, config.replay.best_prefix = False, True
+  config.replay.seed_from, config.replay.num_seed_samples = "samples", 1024
   config.data.unseeded_weight = 1.0
   config.train.num_steps = config.train.decay_steps = 500
   config.train.learning_rate, config.train.warmup_steps = 5e-4, 10
@@ -66,7 +67,7 @@ def get_config(variant: str = ""):
     config.model.name = "embedded/arith-2m"
     config.rng.high = 20
     config.lora.rank, config.lora.targets = 16, ("k_proj", "v_proj")
-    config.sampler.num_samples = 4
+    config.sampler.num_samples, config.replay.num_seed_samples = 4, 64
     config.train.num_steps = config.train.decay_steps = 6
     config.train.warmup_steps = 1
     config.checkpoint.every_steps = config.eval.every_steps = 3
@@ -80,6 +81,7 @@ def get_config(variant: str = ""):
     # The reference's: 8 x 8 samples a step, on-policy, 2,560 steps, linear decay.
     config.train.num_queries, config.sampler.num_samples = 8, 8
     config.behavior.buffer, config.behavior.tempered, config.replay.best_prefix = 0.0, 0.0, False
+    config.replay.seed_from = "nothing"
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
   return config
@@ -88,8 +90,9 @@ def get_config(variant: str = ""):
 def sweep(name: str, variant: str = "") -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
   del variant  # of this config, at which the fields are the same
+  methods = ({"method": "gfn"}, {"method": "sft", "replay.seed_from": "demonstrations"}, {"method": "ppo"})
   sweeps = {
-    "fig2": [("", fields) for fields in grid({"method": ("gfn", "sft", "ppo"), "seed": SEEDS})],
+    "fig2": [("", method | fields) for method in methods for fields in grid({"seed": SEEDS})],
   }
   if name not in sweeps:
     raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")

@@ -53,7 +53,7 @@ def get_config(variant: str = ""):
     config.model.name, config.data.path = "embedded/arith-2m", "embedded"
     config.lora.rank, config.subj.num_labels = 8, 4
     config.train.num_steps, config.train.warmup_steps, config.sampler.num_samples = 4, 1, 4
-    config.replay.inverse_prompt_samples = 4
+    config.replay.num_seed_samples = 4
     config.eval.every_steps = config.checkpoint.every_steps = 2
     config.eval.num_validation, config.eval.num_test, config.eval.num_votes = 4, 8, 3
     config.em.num_steps, config.em.batch_size, config.em.num_rationales, config.em.warmup_steps = 2, 8, 3, 1

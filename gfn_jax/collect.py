@@ -120,17 +120,13 @@ class Collector:
     if arrays:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
-  def seed_replay(self, on_round: Callable[[], None] | None = None) -> np.ndarray:
-    """Fills the buffer before the first step, as config.replay.seed_from says.
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> int:
+    """Fills the buffer before the first step, as config.replay.seed_from says; how many rationales it was offered.
 
-    Args:
-      on_round: called between device rounds, where there are any.
-
-    Returns:
-      float [rationales offered], log R of each in nats, untempered.
+    `on_round` is called between device rounds, where there are any.
     """
-    if self._config.replay.seed_from == "inverse_prompt":
-      return self._seed_by_inverse_prompt(on_round)
+    if self._config.replay.seed_from in ("inverse_prompt", "samples"):
+      return self._seed_by_sampling(on_round)
     max_length = self._config.sampler.max_length
     found = [
       (i, self._task.rationale_tokens(e, max_length))
@@ -139,23 +135,31 @@ class Collector:
     found = [(i, z) for i, z in found if z is not None]
     return self._offer(np.array([i for i, _ in found], int), [z for _, z in found])
 
-  def _seed_by_inverse_prompt(self, on_round: Callable[[], None] | None) -> np.ndarray:
-    """Reasons that the base gives when it is told the answer (paper, appendix D), scored behind the plain prompt."""
-    task, replay = self._task, self._config.replay
-    prompts = [dataclasses.replace(e, prompt=task.inverse_prompt(e), reward_prompt=None) for e in task.examples]
-    queries = data.query_table(prompts, task, self._model.max_positions, self._config.sampler.max_length)
-    n = replay.inverse_prompt_samples
-    z = self._sampler.draw(
-      None, queries.prompt_tokens, queries.prompt_mask, num_samples=n, temperature=1.0,
-      key=data.step_key(self._config.seed, data.SEED, 0), on_round=on_round,
-    )  # fmt: skip
-    rows = [task.first_words(row[:length].tolist()) for row, length in zip(z.tokens, z.length)]
-    return self._offer(np.arange(len(prompts)), [(row, [True] * len(row)) if row else None for row in rows])
+  def _seed_by_sampling(self, on_round: Callable[[], None] | None) -> int:
+    """What the base writes: behind the prompts, or the reasons it gives when it is told the answer (appendix D).
 
-  def _offer(self, ids: np.ndarray, rationales: list[tuple[list[int], list[bool]] | None]) -> np.ndarray:
-    """Scores N rationales (tokens, action_mask; None: none) a query, and adds them to the buffer; log R of each."""
+    Those are scored behind the plain prompt.
+    """
+    task, config, queries = self._task, self._config, self.table
+    told = config.replay.seed_from == "inverse_prompt"
+    if told:
+      prompts = [dataclasses.replace(e, prompt=task.inverse_prompt(e), reward_prompt=None) for e in task.examples]
+      queries = data.query_table(prompts, task, self._model.max_positions, config.sampler.max_length)
+    z = self._sampler.draw(
+      None, queries.prompt_tokens, queries.prompt_mask, num_samples=config.replay.num_seed_samples, temperature=1.0,
+      key=data.step_key(config.seed, data.SEED, 0), on_round=on_round,
+    )  # fmt: skip
+    ids = np.arange(len(task.examples))
+    if told:
+      rows = [task.first_words(row[:length].tolist()) for row, length in zip(z.tokens, z.length)]
+      return self._offer(ids, [(row, [True] * len(row)) if row else None for row in rows])
+    self._keep(ids, z, self.score(ids, z, self._wanted(z, data.SEED_PREFIX_STREAM, 0)))
+    return len(z.length)
+
+  def _offer(self, ids: np.ndarray, rationales: list[tuple[list[int], list[bool]] | None]) -> int:
+    """Scores N rationales (tokens, action_mask; None: none) a query, and adds them to the buffer; how many."""
     if not any(rationales):
-      return np.zeros(0, np.float32)
+      return 0
     max_length, n = self._config.sampler.max_length, len(rationales) // len(ids)
     rows = [z or ([], []) for z in rationales]
     tokens, _ = data.pad_right([*(tokens for tokens, _ in rows), [0] * max_length])
@@ -169,7 +173,18 @@ class Collector:
     for row in offered:
       at = slice(row, row + 1)
       self.replay.add(int(ids[row // n]), tokens[at], length[at], chosen[at], log_reward[at])
-    return np.take_along_axis(log_reward, length[:, None], axis=1)[offered, 0]
+    return len(offered)
+
+  def _keep(self, ids: np.ndarray, z: Trajectory, log_reward: np.ndarray) -> None:
+    """Adds N samples of each query to the buffer, or of each its best prefix."""
+    ends = z.length
+    if self._best_prefix:  # a whole sample without a reward is for the buffer to refuse
+      known = np.isfinite(np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0])
+      ends = np.where(known, best_prefixes(log_reward), z.length)
+    n = len(z.length) // len(ids)
+    for j, q in enumerate(ids):
+      at = slice(j * n, (j + 1) * n)
+      self.replay.add(int(q), z.tokens[at], ends[at], z.action_mask[at], log_reward[at])
 
   def __call__(
     self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -203,14 +218,7 @@ class Collector:
     if draft.rollout is None:
       return None
     z, log_reward = self._scored(draft, on_round)
-    n = self._config.sampler.num_samples
-    ends = z.length
-    if self._best_prefix:  # a whole sample without a reward is for the buffer to refuse
-      known = np.isfinite(np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0])
-      ends = np.where(known, best_prefixes(log_reward), z.length)
-    for j, q in enumerate(draft.plan.query_ids[draft.fresh]):
-      at = slice(j * n, (j + 1) * n)
-      self.replay.add(int(q), z.tokens[at], ends[at], z.action_mask[at], log_reward[at])
+    self._keep(draft.plan.query_ids[draft.fresh], z, log_reward)
     return z, log_reward
 
   def batch(self, draft: Draft, samples: tuple[Trajectory, np.ndarray] | None) -> tuple[Batch, dict[str, float]]:
@@ -286,10 +294,10 @@ class DemonstrationCollector(Collector):
   def score(self, ids, z, wanted):
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
-  def seed_replay(self, on_round: Callable[[], None] | None = None) -> np.ndarray:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> int:
     """The demonstrations that fit. Raises ValueError where no demonstration is left to learn from."""
     found = super().seed_replay(on_round)
-    if not len(found):
+    if not found:
       raise ValueError(
         f"config.method 'sft' learns from demonstrations, and of the data's {self._task.num_seeded} none has at most "
         f"config.sampler.max_length {self._config.sampler.max_length} tokens"

@@ -98,7 +98,7 @@ def base_config() -> ml_collections.ConfigDict:
       "rival_penalty": 0.0,  # nats off where the LM thinks that a wrong target is likelier than Y
     }),
     "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations",
-      "inverse_prompt_samples": 20,  # of each query
+      "num_seed_samples": 20,  # of each query, of "inverse_prompt" and "samples"
       "best_prefix": False}),  # of a sample goes into the buffer, as if it had stopped there, and not the whole sample
     "train": c({
       "num_steps": 250,
@@ -248,13 +248,13 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _among("model.dtype", config.model.dtype, DTYPES)
   _among("model.remat", config.model.remat, tuple(REMATS))
   _among("model.quantization", config.model.quantization, (None, *QUANTIZATIONS))
-  _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "inverse_prompt", "nothing"))
+  _among("replay.seed_from", config.replay.seed_from, ("demonstrations", "inverse_prompt", "samples", "nothing"))
   positive = (
     "mesh.model", "lora.rank", "lora.alpha", "sampler.num_samples", "sampler.max_length", "reward.temperature_start",
     "reward.temperature_end", "reward.temperature_horizon", "replay.capacity", "train.num_steps", "train.num_queries",
     "train.learning_rate", "train.clip_norm", "train.log_every", "checkpoint.every_steps",
     "checkpoint.keep", "eval.every_steps", "eval.num_votes", "eval.temperature", "eval.max_length", "eval.num_test",
-    "behavior.temperature_low", "data.seeded_weight", "replay.inverse_prompt_samples", "em.num_rationales",
+    "behavior.temperature_low", "data.seeded_weight", "replay.num_seed_samples", "em.num_rationales",
     "em.num_steps", "em.batch_size", "em.learning_rate", "ppo.num_epochs", "ppo.clip", "ppo.value_clip",
     "ppo.value_learning_rate", "ppo.kl_target", "ppo.kl_horizon", "grpo.num_epochs", "grpo.clip",
   )  # fmt: skip

@@ -140,6 +140,11 @@ class ReplayBuffer:
     arrays = self._stack([held[i] for i in drawn])
     return arrays["tokens"], arrays["length"], arrays["action_mask"], arrays["log_reward"]
 
+  def log_partition_bound(self, reward_temperature: float) -> float:
+    """A lower bound of log Z, nats: the mean over queries of log sum R^(1/T) of what it holds. It must hold some."""
+    scores = [[rationale.score for rationale in held] for held in self._queries.values()]
+    return float(np.mean([np.logaddexp.reduce(np.array(row) / reward_temperature) for row in scores]))
+
   def to_arrays(self) -> dict[str, np.ndarray]:
     """The whole content for a checkpoint, E rationales by query and, within it, best first.
 

@@ -276,13 +276,13 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
     # 4. The buffer.
     if restored is None:
       seeds = collector.seed_replay(preemption.check)
-      if config.replay.seed_from == "inverse_prompt" and len(seeds):
-        print(f"replay buffer: {len(collector.replay)} rationales by inverse prompting", flush=True)
+      if config.replay.seed_from in ("inverse_prompt", "samples") and seeds:
+        print(f"replay buffer: {len(collector.replay)} rationales of {seeds} by the base", flush=True)
       elif task.num_seeded and config.method in ("gfn", "sft"):
-        fit = f"{len(seeds)} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
+        fit = f"{seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
         print(f"replay buffer: {fit}", flush=True)
-      if "log_partition" in trained and len(seeds):  # a bound on it from below, and far nearer than 0
-        start = jnp.full(len(task.examples), seeds.mean() / reward_temperature(config, 0))
+      if "log_partition" in trained and seeds:  # far nearer than 0, where the LM rewards
+        start = jnp.full(len(task.examples), collector.replay.log_partition_bound(reward_temperature(config, 0)))
         state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
 
     try:

@@ -27,7 +27,7 @@ BAD_FIELDS = [
   ({"method": "magic"}, 1, ["config.method", "'magic'", "gfn"]),
   ({"loss__name": "subTB"}, 1, ["config.loss.name", "'subTB'", "subtb, tb, vargrad, db"]),
   ({"model__dtype": "int8"}, 1, ["config.model.dtype", "'int8'", "bfloat16"]),
-  ({"replay__seed_from": "friends"}, 1, ["config.replay.seed_from", "'friends'", "inverse_prompt, nothing"]),
+  ({"replay__seed_from": "friends"}, 1, ["config.replay.seed_from", "'friends'", "inverse_prompt, samples, nothing"]),
   ({"sampler__max_length": -1}, 1, ["config.sampler.max_length", "-1"]),
   ({"sampler__max_length": 0}, 1, ["config.sampler.max_length", "is 0", "positive"]),
   ({"sampler__min_length": -2}, 1, ["config.sampler.min_length", "-2", "not be negative"]),
