@@ -125,12 +125,18 @@ def make_step_collector(fields, log_reward, asked=None):
     return Rollout(len(prompt_tokens), lora, None, np.ones(1), None)
 
   def finish(rollout, on_round):
-    rows = rollout.num_queries * config.sampler.num_samples
+    return sampled(rollout.num_queries * config.sampler.num_samples)
+
+  def draw(lora, prompt_tokens, prompt_mask, *, num_samples, **_):
+    assert lora is None  # the base
+    return sampled(len(prompt_tokens) * num_samples)
+
+  def sampled(rows):
     tokens = rng.integers(1, 100, (rows, 5)).astype(np.int32)
     chosen = np.tile(np.arange(5) < 4, (rows, 1))
     return Trajectory(tokens, np.full(rows, 4), chosen, np.zeros((rows, 5)), np.zeros((rows, 6)))
 
-  sampler = SimpleNamespace(devices=jax.local_devices()[:1], begin=begin, finish=finish)
+  sampler = SimpleNamespace(devices=jax.local_devices()[:1], begin=begin, finish=finish, draw=draw)
   pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64, hidden_size=32))
   parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=reward, pretrained=pretrained)
   return Collector(parts, query_table(examples, task, 64, 5))
@@ -156,6 +162,19 @@ def test_what_of_a_sample_goes_into_the_buffer(best):
     row = whole[tuple(tokens[:2])]
     np.testing.assert_array_equal(tokens, [*row[:2], 0, 0, 0] if best else [*row[:4], 0])
     assert log_reward[2 if best else 4] == row[0] - (0 if best else 2)
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_the_bases_samples_fill_the_buffer_before_the_first_step(best):
+  """The reward is the largest after two tokens."""
+  fields = {"loss.name": "tb", "replay.best_prefix": best, "replay.seed_from": "samples", "replay.num_seed_samples": 7}
+  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] - np.abs(np.arange(6) - 2.0))
+  assert collector.seed_replay() == 14
+  kept = collector.replay.to_arrays()
+  np.testing.assert_array_equal(kept["query_ids"], np.repeat([0, 1], 7))
+  assert (kept["length"] == (2 if best else 4)).all()
+  scores = kept["tokens"][:, 0] - (0 if best else 2)
+  np.testing.assert_array_equal(np.take_along_axis(kept["log_reward"], kept["length"][:, None], 1)[:, 0], scores)
 
 
 def test_a_step_scores_the_prefixes_that_it_learns_from_and_replays_the_same_ones():

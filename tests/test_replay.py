@@ -163,6 +163,14 @@ def test_uniform_draws_repeat_nothing_before_everything_has_come():
     assert set(np.bincount(tokens[:, 0], minlength=5)) == times
 
 
+def test_what_is_held_bounds_log_z():
+  buffer = ReplayBuffer(capacity=3, similarity=0.0, max_length=MAX_LENGTH)
+  buffer.add(0, *rows(([1], math.log(0.5)), ([2], math.log(0.3)), ([1], math.log(0.5))))  # one of them twice
+  buffer.add(4, *rows(([1], math.log(0.1))))
+  assert buffer.log_partition_bound(1.0) == pytest.approx((math.log(0.8) + math.log(0.1)) / 2)
+  assert buffer.log_partition_bound(0.5) == pytest.approx((math.log(0.34) + math.log(0.01)) / 2)
+
+
 def test_drawing_from_nothing_names_the_query():
   buffer = ReplayBuffer(capacity=4, similarity=0.0, max_length=MAX_LENGTH)
   buffer.add(1, *rows(([1], -1.0)))
