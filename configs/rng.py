@@ -45,9 +45,10 @@ def get_config(variant: str = ""):
   # VarGrad's is that of 24 samples drawn alike, and does not compare what is replayed with the others.
   config.loss.name = "tb"
   # One prompt, four times a step: as it is, tempered, and twice from a buffer that keeps every number it has met.
-  # Without the buffer the number 100, begun as 10 is, is soon never sampled again: so it must hold it from the start. Tempering meets what is no number
-  # ("103"), which the policy itself samples too seldom to unlearn it; but each such sample outweighs the numbers in the
-  # gradient: with temperatures up to 2 these were learned more slowly (README, Results).
+  # Without the buffer the number 100, begun as 10 is, is soon never sampled again: it must be there from the start.
+  # Tempering meets what is no number ("103"), which the policy itself samples too seldom to unlearn it; but each such
+  # sample outweighs the numbers in the gradient: with temperatures up to 2 these were learned more slowly (README,
+  # Results).
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.5
   config.replay.capacity, config.replay.similarity = 128, 0.0
