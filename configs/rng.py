@@ -54,7 +54,7 @@ def get_config(variant: str = ""):
   config.replay.capacity, config.replay.similarity = 128, 0.0
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
-  config.replay.prioritized, config.replay.best_prefix = False, True
+  config.replay.prioritized, config.replay.better_prefixes = False, True
   config.replay.seed_from, config.replay.num_seed_samples = "samples", 1024
   config.data.unseeded_weight = 1.0
   config.train.num_steps = config.train.decay_steps = 500
@@ -81,7 +81,7 @@ def get_config(variant: str = ""):
     config.sampler.max_length, config.loss.name = 5, "subtb"
     # The reference's: 8 x 8 samples a step, on-policy, 2,560 steps, linear decay.
     config.train.num_queries, config.sampler.num_samples = 8, 8
-    config.behavior.buffer, config.behavior.tempered, config.replay.best_prefix = 0.0, 0.0, False
+    config.behavior.buffer, config.behavior.tempered, config.replay.better_prefixes = 0.0, 0.0, False
     config.replay.seed_from = "nothing"
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000

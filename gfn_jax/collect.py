@@ -46,10 +46,11 @@ def scored_prefixes(
   return terminable & (order.argsort(axis=1).argsort(axis=1) < num_prefixes)
 
 
-def best_prefixes(log_reward: Float[np.ndarray, "B S"]) -> Int[np.ndarray, "B"]:
-  """The length of each row's prefix with the highest log R, of equal ones the longest; NaN is none."""
-  longest_first = np.where(np.isnan(log_reward), -np.inf, log_reward)[:, ::-1]
-  return log_reward.shape[1] - 1 - longest_first.argmax(axis=1)
+def better_prefixes(log_reward: Float[np.ndarray, "B S"], length: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B S"]:
+  """The prefixes of each row with a higher log R than the whole has; the whole where there are none. NaN is none."""
+  whole = np.arange(log_reward.shape[1]) == length[:, None]
+  better = log_reward > np.take_along_axis(log_reward, length[:, None], axis=1)
+  return np.where(better.any(axis=1, keepdims=True), better, whole)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +92,7 @@ class Collector:
     self._model, self.padding = parts.pretrained.config, padding_of(platform_of(parts.sampler.devices))
     self._behavior = config.behavior
     self._objective = config.loss.name if config.method == "gfn" else config.method
-    self._best_prefix = config.replay.best_prefix and config.method == "gfn"
+    self._better_prefixes = config.replay.better_prefixes and config.method == "gfn"
     self._replay_settings = {
       "capacity": config.replay.capacity,
       "similarity": config.replay.similarity,
@@ -176,15 +177,16 @@ class Collector:
     return len(offered)
 
   def _keep(self, ids: np.ndarray, z: Trajectory, log_reward: np.ndarray) -> None:
-    """Adds N samples of each query to the buffer, or of each its best prefix."""
-    ends = z.length
-    if self._best_prefix:  # a whole sample without a reward is for the buffer to refuse
-      known = np.isfinite(np.take_along_axis(log_reward, z.length[:, None], axis=1)[:, 0])
-      ends = np.where(known, best_prefixes(log_reward), z.length)
-    n = len(z.length) // len(ids)
+    """Adds N samples of each query to the buffer, or in the place of each what it begins with and is worth more."""
+    if self._better_prefixes:
+      rows, ends = np.nonzero(better_prefixes(log_reward, z.length))
+    else:
+      rows, ends = np.arange(len(z.length)), z.length
+    query_of = rows // (len(z.length) // len(ids))
     for j, q in enumerate(ids):
-      at = slice(j * n, (j + 1) * n)
-      self.replay.add(int(q), z.tokens[at], ends[at], z.action_mask[at], log_reward[at])
+      at = query_of == j
+      of = rows[at]
+      self.replay.add(int(q), z.tokens[of], ends[at], z.action_mask[of], log_reward[of])
 
   def __call__(
     self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None
@@ -263,9 +265,9 @@ class Collector:
   def _wanted(self, z: Trajectory, stream: int, step: int) -> np.ndarray:
     """`scored_prefixes` of fresh samples, or of what seeds the buffer: as many of each, whose pairs weigh alike.
 
-    All, where the buffer is to have the best of those that an objective of whole samples would not ask for.
+    All, where the buffer is to have those that an objective of whole samples would not ask for.
     """
-    if self._best_prefix and self._objective not in PREFIX_LOSSES:
+    if self._better_prefixes and self._objective not in PREFIX_LOSSES:
       return z.terminable
     rng = data.step_rng(self._config.seed, stream, step)
     return scored_prefixes(self._objective, self._config.loss.num_prefixes, z.length, z.terminable, rng)

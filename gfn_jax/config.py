@@ -99,7 +99,7 @@ def base_config() -> ml_collections.ConfigDict:
     }),
     "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations",
       "num_seed_samples": 20,  # of each query, of "inverse_prompt" and "samples"
-      "best_prefix": False}),  # of a sample goes into the buffer, as if it had stopped there, and not the whole sample
+      "better_prefixes": False}),  # what a sample begins with and is worth more than it is in the buffer in its place
     "train": c({
       "num_steps": 250,
       "num_queries": 8,  # of a step, over all devices

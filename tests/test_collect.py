@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gfn_jax.collect import Collector, DemonstrationCollector, best_prefixes, scored_prefixes
+from gfn_jax.collect import Collector, DemonstrationCollector, better_prefixes, scored_prefixes
 from gfn_jax.config import base_config
 from gfn_jax.data import query_table
 from gfn_jax.models import Lora, LoraConfig
@@ -142,38 +142,46 @@ def make_step_collector(fields, log_reward, asked=None):
   return Collector(parts, query_table(examples, task, 64, 5))
 
 
-def test_the_best_prefix_of_a_sample():
+BY_LENGTH = (-9.0, -9.0, 0.0, -3.0, -2.0, -9.0)
+
+
+def test_the_prefixes_that_are_worth_more_than_the_sample():
   nan = np.nan
-  log_reward = np.array([[-3.0, -1.0, nan, -1.0, -2.0, nan], [-2.0, nan, nan, -1.5, nan, nan], [-4.0, *[nan] * 5]])
-  np.testing.assert_array_equal(best_prefixes(log_reward), [3, 3, 0])
+  log_reward = np.array([
+    [-3.0, -1.0, nan, -1.5, -2.0, nan], [-2.0, nan, nan, -1.5, nan, nan], [-4.0, *[nan] * 5], [-2.0, -2.0, *[nan] * 4],
+    [-1.0, nan, *[nan] * 4],
+  ])  # fmt: skip
+  found = better_prefixes(log_reward, np.array([4, 3, 0, 1, 1]))  # the last one's whole has no reward
+  np.testing.assert_array_equal(np.argwhere(found), [[0, 1], [0, 3], [1, 3], [2, 0], [3, 1], [4, 1]])
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_what_of_a_sample_goes_into_the_buffer(best):
-  """The reward is the largest after two tokens; the objective asks for whole samples."""
-  fields = {"loss.name": "vargrad", "replay.best_prefix": best}
-  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] - np.abs(np.arange(6) - 2.0))
+@pytest.mark.parametrize("better", [False, True])
+def test_what_of_a_sample_goes_into_the_buffer(better):
+  """Two tokens are worth more than four, and nothing else is; the objective asks for whole samples."""
+  fields = {"loss.name": "vargrad", "replay.better_prefixes": better}
+  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] + np.array(BY_LENGTH))
   batch, _ = collector({"lora": Lora({}, LoraConfig(1, 1.0, ()))}, 0, KEY)
   assert (batch.length == 4).all()  # what has just been sampled is learned whole
   kept = collector.replay.to_arrays()
-  assert (kept["length"] == (2 if best else 4)).all()
+  assert (kept["length"] == (2 if better else 4)).all()
   whole = {tuple(tokens[:2]): tokens for tokens in batch.tokens.tolist()}
   for tokens, log_reward in zip(kept["tokens"], kept["log_reward"]):
     row = whole[tuple(tokens[:2])]
-    np.testing.assert_array_equal(tokens, [*row[:2], 0, 0, 0] if best else [*row[:4], 0])
-    assert log_reward[2 if best else 4] == row[0] - (0 if best else 2)
+    np.testing.assert_array_equal(tokens, [*row[:2], 0, 0, 0] if better else [*row[:4], 0])
+    assert log_reward[2 if better else 4] == row[0] - (0 if better else 2)
 
 
-@pytest.mark.parametrize("best", [False, True])
-def test_the_bases_samples_fill_the_buffer_before_the_first_step(best):
-  """The reward is the largest after two tokens."""
-  fields = {"loss.name": "tb", "replay.best_prefix": best, "replay.seed_from": "samples", "replay.num_seed_samples": 7}
-  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] - np.abs(np.arange(6) - 2.0))
+@pytest.mark.parametrize("better", [False, True])
+def test_the_bases_samples_fill_the_buffer_before_the_first_step(better):
+  """Two tokens are worth more than four, and nothing else is."""
+  fields = {"loss.name": "tb", "replay.better_prefixes": better, "replay.seed_from": "samples"}
+  fields |= {"replay.num_seed_samples": 7}
+  collector = make_step_collector(fields, lambda tokens: tokens[:, :1] + np.array(BY_LENGTH))
   assert collector.seed_replay() == 14
   kept = collector.replay.to_arrays()
   np.testing.assert_array_equal(kept["query_ids"], np.repeat([0, 1], 7))
-  assert (kept["length"] == (2 if best else 4)).all()
-  scores = kept["tokens"][:, 0] - (0 if best else 2)
+  assert (kept["length"] == (2 if better else 4)).all()
+  scores = kept["tokens"][:, 0] - (0 if better else 2)
   np.testing.assert_array_equal(np.take_along_axis(kept["log_reward"], kept["length"][:, None], 1)[:, 0], scores)
 
 
