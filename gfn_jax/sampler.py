@@ -454,24 +454,32 @@ class Sampler:
   ) -> Trajectory:
     """N samples for each of any number of prompts, in calls of like length; row r draws from fold_in(key, r).
 
-    Takes and returns what a call does, but for one temperature for all.
+    Takes and returns what a call does, but for one temperature for all. Many samples of few prompts are shared by the
+    devices, and drawn in several calls.
     """
     queries, devices = len(prompt_tokens), len(self.devices)
     shares = devices * jax.process_count()
-    chunk = min(-(-queries // shares), max(1, ROWS_PER_CALL // num_samples // devices)) * shares
+    # A query's samples stand in `blocks` of n; the last one's that are too many are dropped.
+    blocks = max(-(-num_samples // ROWS_PER_CALL), shares // queries)
+    n = -(-num_samples // blocks)
+    longest_first = np.argsort(-prompt_mask.sum(-1), kind="stable")  # a call is padded to its longest prompt
+    query_of, first = np.repeat(longest_first, blocks), np.tile(np.arange(blocks) * n, queries)
+    sample = first[:, None] + np.arange(n)
+    rows = query_of[:, None] * num_samples + sample
+    chunk = min(-(-len(rows) // shares), max(1, ROWS_PER_CALL // n // devices)) * shares
     temperatures, parts = np.full(chunk, temperature, np.float32), []
-    order = np.argsort(-prompt_mask.sum(-1), kind="stable")  # a call is padded to its longest prompt
-    rows_of = lambda ids: ids[:, None] * num_samples + np.arange(num_samples)  # noqa: E731
-    for begin in range(0, queries, chunk):
-      ids = order[np.minimum(np.arange(begin, begin + chunk), queries - 1)]  # the last call repeats a query
+    for begin in range(0, len(rows), chunk):
+      at = np.minimum(np.arange(begin, begin + chunk), len(rows) - 1)  # the last call repeats a block
+      ids = query_of[at]
       width = prompt_width(prompt_mask[ids])
       z = self(
-        lora, prompt_tokens[ids, -width:], prompt_mask[ids, -width:], num_samples=num_samples,
-        temperature=temperatures, key=key, row_ids=rows_of(ids), on_round=on_round,
+        lora, prompt_tokens[ids, -width:], prompt_mask[ids, -width:], num_samples=n, temperature=temperatures, key=key,
+        row_ids=rows[at], on_round=on_round,
       )  # fmt: skip
-      parts.append(z.rows(slice((queries - begin) * num_samples)))
+      parts.append(z.rows(slice((len(rows) - begin) * n)))
     drawn = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-    return drawn.rows(rows_of(np.argsort(order)).reshape(-1))
+    wanted = np.flatnonzero(sample < num_samples)
+    return drawn.rows(wanted[np.argsort(rows.reshape(-1)[wanted])])
 
   def _answers(self, waiting: np.ndarray, tokens: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Forced tokens [D, Q, N, T] for the rows that wait. A result that does not fit, or none, leaves the row free."""

@@ -327,7 +327,9 @@ def test_calls_of_one_shape_draw_what_one_call_does(monkeypatch):
   whole = sampler.draw(None, *pad_left(PROMPTS[:3]), temperature=1.5, **options)
   monkeypatch.setattr("gfn_jax.sampler.ROWS_PER_CALL", 11)  # two prompts a call, and one is padding
   parts = sampler.draw(None, *pad_left(PROMPTS[:3]), temperature=1.5, **options)
-  for z in (whole, parts):
+  monkeypatch.setattr("gfn_jax.sampler.ROWS_PER_CALL", 3)  # two calls a prompt, and one sample too many
+  blocks = sampler.draw(None, *pad_left(PROMPTS[:3]), temperature=1.5, **options)
+  for z in (whole, parts, blocks):
     assert strings(z) == strings(expected)
     np.testing.assert_allclose(z.log_pf, expected.log_pf, rtol=0, atol=1e-5)
 

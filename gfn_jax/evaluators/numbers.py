@@ -69,24 +69,18 @@ class Histogram(Evaluator):
 
   needs = ("number_tokens",)
 
-  SAMPLES_PER_CALL = 1024
-
   def __call__(
     self, lora: Lora | None, problems: Problems, key: jax.Array, on_round: Callable[[], None] | None = None
   ) -> Iterator[tuple[str, float]]:
     """Yields `histogram/valid_share` and, where it is above 0, `histogram/kl_q_target`, nats, of the valid samples."""
     del problems
     parts, task = self._parts, self._parts.task
-    total = parts.config.eval.num_votes
-    per_call = min(total, self.SAMPLES_PER_CALL)
-    query = _query(parts)
-    calls = -(-total // per_call)
+    query, total = _query(parts), parts.config.eval.num_votes
     z = self._sampler(max_length=parts.config.sampler.max_length).draw(
-      lora, np.repeat(query.prompt_tokens, calls, 0), np.repeat(query.prompt_mask, calls, 0), num_samples=per_call,
-      temperature=1.0, key=key, on_round=on_round,
-    )  # fmt: skip
+      lora, query.prompt_tokens, query.prompt_mask, num_samples=total, temperature=1.0, key=key, on_round=on_round
+    )
     names = {tokens: n for n, tokens in task.number_tokens.items()}
-    found = [names.get(tuple(row[:n])) for row, n in zip(z.tokens[:total].tolist(), z.length[:total])]
+    found = [names.get(tuple(row[:n])) for row, n in zip(z.tokens.tolist(), z.length)]
     counts = {n: 0 for n in task.number_tokens}
     for n in found:
       if n is not None:
