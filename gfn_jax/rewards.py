@@ -236,8 +236,8 @@ class RewardModel:
 class Reward:
   """log R(z_1:t) = alpha log p(z | C, X) + log p(Y | C, X, z) + beta log p(z) + log c(z) (paper, section 3.1).
 
-  In nats and untempered: R^(1/T) is taken where the reward enters the loss. p(z | C, X) counts the stop token where a
-  query has no Y.
+  In nats and untempered: R^(1/T) is taken where the reward enters the loss. p(z | C, X) and p(z) count the stop token
+  where a query has no Y.
 
   Args:
     model: scores Z behind context and prompt; an attribute too.
@@ -281,8 +281,8 @@ class Reward:
     log_reward = self._alpha * log_p_prefix + log_p_target[..., 0]
     if self._beta:
       prior = np.tile(np.array(self._prior_tokens, np.int32), (len(queries), 1))
-      nothing = np.zeros((len(queries), 1, 1), np.int32)
-      log_p_alone, _ = self.prior(prior, np.ones(prior.shape, bool), *z, nothing, nothing.astype(bool))
+      first_of_y = [x[:, :1, :1] for x in self.targets(queries)]  # so that it knows where there is one
+      log_p_alone, _ = self.prior(prior, np.ones(prior.shape, bool), *z, *first_of_y)
       log_reward += self._beta * log_p_alone
     if self._rival_penalty:
       exists = np.repeat(queries.target_mask[:, 1:].any(-1), n, axis=0)[:, None]

@@ -344,7 +344,7 @@ def test_the_general_form_against_separate_passes():
   xs = [e.reward_prompt or e.prompt for e in EXAMPLES]
   of = lambda targets: separate(pretrained, list(zip(xs, targets)), tokens, length, stop=stop)  # noqa: E731
   log_p_z, log_p_y = of([e.target for e in EXAMPLES])
-  alone, _ = separate(pretrained, [("2", "")] * 3, tokens, length, stop=stop)
+  alone, _ = separate(pretrained, [("2", e.target) for e in EXAMPLES], tokens, length, stop=stop)
   expected = alpha * log_p_z + log_p_y + beta * alone
   n = len(tokens) // 3
   beaten = np.zeros(wanted.shape, bool)
