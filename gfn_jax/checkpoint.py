@@ -87,7 +87,7 @@ class Checkpoints:
         whole = self._manager.restore(candidate, args=ocp.args.Composite(state=ocp.args.StandardRestore()))
         return candidate, whole["state"]["trained"]["lora"]["params"]["layers"]
       except Exception as e:  # as in `restore`
-        logging.warning("checkpoint %d cannot be read: %s", candidate, (str(e).strip() or type(e).__name__)[:200])
+        logging.warning("checkpoint %d cannot be read: %s", candidate, reason(e)[:200])
     return None
 
   def steps(self) -> list[int]:

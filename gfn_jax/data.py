@@ -110,8 +110,7 @@ def query_table(examples: Sequence[Example], task: Any, max_positions: int, rese
   for example, *both, of_query in zip(examples, prompts, reward_prompts, targets):
     needed = max(map(len, of_query)) + reserved
     of_query += [[]] * (num_targets - len(of_query))
-    read = example.prompt if example.reward_prompt is None else example.reward_prompt
-    for text, prompt in zip((example.prompt, read), both):
+    for text, prompt in zip((example.prompt, example.rewarded_prompt), both):
       if not prompt:
         raise ValueError(f"prompt {text!r} has no tokens: one must stand before Z, which {example.target!r} follows")
       if len(prompt) + needed > max_positions:

@@ -49,6 +49,8 @@ def main() -> int:
   config = _CONFIG.value
   cli.prepare_jax(config)
   output = check_output(_OUTPUT.value)
+  if output.name == "results.json" and (output.parent / "config.json").is_file():
+    raise ValueError(f"--output={output} stands for the end of the run in {output.parent}: name another file")
   started = time.time()
   part = output.with_name(output.name + ".part")
   results = evaluate(config.lock(), _ADAPTER.value, part)

@@ -28,7 +28,7 @@ from gfn_jax import cli, texts
 from gfn_jax import workdir as contract
 from gfn_jax.checkpoint import Checkpoints
 from gfn_jax.config import flatten, require_fields
-from gfn_jax.files import read_json, replacing, write_text
+from gfn_jax.files import local_path, read_json, replacing, write_text
 from gfn_jax.likelihood import make_optimizer, next_token_terms
 from gfn_jax.metrics import MetricsWriter, StepLog, read_jsonl
 from gfn_jax.models import Pretrained, load_pretrained, save_pretrained
@@ -147,7 +147,7 @@ def finetune(config: ml_collections.ConfigDict, output: str | pathlib.Path) -> i
     FloatingPointError: a loss that is not finite, naming the step.
   """
   # 1. Check everything that can be checked before a model is loaded.
-  devices, output = jax.local_devices(), pathlib.Path(output)
+  devices, output = jax.local_devices(), local_path(output)
   validate(config, len(devices))
   lines = texts.read_texts(config.data.path, config.data.field)
   config = config.copy_and_resolve_references()

@@ -95,6 +95,10 @@ def main() -> int:
   lora = place(load_adapter(f.adapter, pretrained), devices) if f.adapter else None
   examples = [task.example_of(p) for p in f.prompt or ()]
   examples = examples or [e for kind in task.validation_examples(1).values() for e in kind]
+  if not examples:
+    raise ValueError(f"--prompt is missing: the task {task.name!r} has no validation problems")
+  if any(e.target for e in task.examples) and not any(e.target for e in examples):
+    reward = None  # of a prompt without a Y it would be another reward than the task's
   sampler = task.make_sampler(
     pretrained, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p, devices=devices
   )

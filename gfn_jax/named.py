@@ -25,7 +25,8 @@ def load_named(name: str) -> Any:
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
     else:
-      module = importlib.import_module(where)
+      shipped = where.startswith("configs.") and importlib.util.find_spec("configs") is None
+      module = importlib.import_module(f"gfn_jax.{where}" if shipped else where)
   except ValueError:
     raise
   except ImportError as e:

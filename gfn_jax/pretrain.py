@@ -5,7 +5,6 @@ Trains a byte-level BPE and a small GPT-J on `datasets.arithmetic_corpus`, and w
 
 from collections.abc import Sequence
 import functools
-import pathlib
 import time
 
 from absl import flags
@@ -19,6 +18,7 @@ import transformers
 
 from gfn_jax import cli
 from gfn_jax.datasets.arithmetic_corpus import document
+from gfn_jax.files import local_path
 from gfn_jax.likelihood import make_optimizer, next_token_terms
 from gfn_jax.models import Pretrained, save_pretrained
 from gfn_jax.models.architectures import read_config
@@ -80,6 +80,7 @@ def next_token_loss(model, params, tokens):
 
 def pretrain(config, output: str) -> None:
   """Trains from `config.seed` and writes the folder `output`."""
+  output = local_path(output)
   rng = np.random.default_rng(config.seed)
   tokenizer = train_tokenizer(
     [document(rng, 8, config.right_share_start) for _ in range(2000)], config.model.vocab_size
@@ -114,7 +115,7 @@ def pretrain(config, output: str) -> None:
           raise FloatingPointError(f"the loss is {mean} at step {i + 1}")
   save_pretrained(output, Pretrained(model, params, tokenizer, output, hf_config=hf_config), dtype="float16")
   count = sum(x.size for x in jax.tree.leaves(params))
-  (pathlib.Path(output) / "README.md").write_text(_CARD.format(count=count, steps=config.num_steps, seed=config.seed))
+  (output / "README.md").write_text(_CARD.format(count=count, steps=config.num_steps, seed=config.seed))
   last = np.mean(jax.device_get(losses[-100:]))
   print(
     f"{output}: {count:,} parameters, vocabulary {len(tokenizer)}, loss {last:.3f} nats/token, "

@@ -325,6 +325,7 @@ COMMANDS = {
   ),
   "output that exists": (["--output={}/base"], ["{}/base exists", "name another"]),
   "other seed": (["--output={}/tuned", "--config.seed=1"], ["tuned' holds another run: config.seed is 1 here"]),
+  "output at a URL": (["--output=gs://bucket/out"], ["'gs://bucket/out' is a URL"]),
   "again": (["--output={}/tuned"], []),
 }
 

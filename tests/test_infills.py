@@ -30,6 +30,13 @@ def test_draws_are_made_again_for_anything_else():
   assert draws.get((None, problems, key), draw) == 4
 
 
+def test_a_judge_who_reads_nothing_is_refused():
+  config = infill.get_config("smoke")
+  config.infill.judge_samples = 0
+  with pytest.raises(ValueError, match="config.infill.judge_samples is 0: must be positive"):
+    build(config, jax.local_devices()[:1])
+
+
 def test_the_test_draws_once_and_the_judge_reads_a_sentence_a_line(monkeypatch, tmp_path):
   drawn, judged = [], []
 

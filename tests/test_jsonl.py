@@ -74,6 +74,20 @@ def test_an_empty_reward_prompt_is_the_beginning_of_a_text(base, tmp_path):
   assert queries.reward_prompt_tokens[0][queries.reward_prompt_mask[0]].tolist() == [base.tokenizer.eos_token_id]
 
 
+def test_demonstrations_are_shown_as_the_reward_reads_them(base, tmp_path):
+  fields = {"prompt": "{q}", "reward_prompt": "", "rationale": " {why}", "target": ", so {a}"}
+  task = make(base, records(tmp_path, ROWS), **fields)
+  shown = task.shown(1)[0]
+  assert task.decode(task.context_tokens(1)) == f"{shown.rationale}{shown.target}\n"
+
+
+def test_whether_z_answers_a_prompt_of_ones_own_is_not_known(base, tmp_path):
+  task = make(base, records(tmp_path, ROWS), prompt="{q}", answer="{a}")
+  assert task.is_right(task.example_of("2 + 2"), task.encode(" 4")) is None
+  task = make(base, records(tmp_path, ROWS), prompt="{q}", required_words=("4",))
+  assert task.is_right(task.example_of("2 + 2"), task.encode(" 4")) is True
+
+
 def test_the_vocabulary_of_z(base, tmp_path):
   task = make(base, records(tmp_path, ROWS), prompt="{q}", allowed_characters="0123456789 ", stop="\n")
   allowed = {task.decode([i]) for i in np.flatnonzero(task.allowed_tokens).tolist()}
@@ -85,6 +99,8 @@ def test_words_that_are_required_and_forbidden():
   assert words(" The sea is my HOME") == 0
   assert words(" seaside") == -20  # no part of a word
   assert words("home and sea, not land") == -10
+  phrases = functools.partial(Words(("New York",), ("don't", "e-mail"), 10.0), Example("", None, "", ""))
+  assert phrases("I don't like new york.") == -10 and phrases("New Yorkers e-mail") == -20
 
 
 def test_a_constraint_of_ones_own(base, tmp_path):

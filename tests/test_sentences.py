@@ -5,9 +5,11 @@ import ml_collections
 import numpy as np
 import pytest
 
+from configs.next_sentence import get_config
 from gfn_jax.evaluators import sentences
 from gfn_jax.evaluators.evaluator import Parts
 from gfn_jax.evaluators.sentences import Sentences
+from gfn_jax.experiment import build
 from gfn_jax.models import load_pretrained
 from gfn_jax.plots.frontier import points
 from gfn_jax.tasks.next_sentence import NextSentenceTask, is_legal
@@ -33,7 +35,8 @@ def parts(tmp_path_factory):
   config = ml_collections.ConfigDict({
     "model": {"name": "embedded/arith-2m"},
     "data": {"path": "embedded", "seed": 0, "dir": str(tmp_path_factory.mktemp("tfds"))},
-    "next_sentence": {"kind": "prompts", "num_train": None, "num_validation": None, "num_test": None},
+    "next_sentence": get_config("smoke").next_sentence.to_dict()
+    | {"kind": "prompts", "num_train": None, "num_validation": None, "num_test": None},
     "sampler": {"min_length": 1, "max_length": 12},
     "eval": {"num_votes": 3, "max_length": 12, "temperature": 1.0, "encoder": None},
     "reward": {"num_demonstrations": 0, "renormalize": True, "alpha": 1.0, "beta": 0.0, "rival_penalty": 0.0},
@@ -69,6 +72,21 @@ def test_best_mean_and_diversity_by_hand(parts, monkeypatch):
   queries = evaluator._queries(parts.task.test_examples(2))
   found = dict(evaluator._measure(queries, z))
   assert found == pytest.approx({"max_log_likelihood": -1.5, "log_likelihood": -3.0, "diversity": 0.5})
+
+
+@pytest.mark.parametrize(
+  ("field", "value", "rule"),
+  (
+    ("sampling_temperatures", (0.8, 0.0), "between 1e-6 and 1e6"), ("top_k", (0,), "whole numbers from 1"),
+    ("top_p", (95,), "above 0 and at most 1"), ("beam_compute", (0,), "whole numbers from 1"),
+    ("diversity_penalty", -1.0, "must not be negative"),
+  ),
+)  # fmt: skip
+def test_a_decoder_that_cannot_be_is_refused_before_anything_runs(field, value, rule):
+  config = get_config("smoke")
+  config.next_sentence[field] = value
+  with pytest.raises(ValueError, match=f"config.next_sentence.{field} is .*{rule}"):
+    build(config, jax.local_devices()[:1])
 
 
 def test_points_of_figure_3():

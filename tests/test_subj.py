@@ -57,10 +57,10 @@ def test_the_real_data_in_its_order(data_dir, tmp_path):
   for split, file in raw.items():
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert loaded[split] == [{"text": r["text"].strip(), "label": r["label_text"]} for r in lines]
-  for number in subj.LABELLED_SIZES:  # the paper's sets are nested
+  for number in (10, 20, 50):  # the paper's sets are nested
     first = subj.labelled_subset(loaded["train"], number)
     assert first == subj.read_records(real / f"train.{number}.jsonl")
-  held_out = subj.held_out(loaded["test"], 900, loaded["train"], seed=1)
+  held_out = subj.held_out(loaded["test"], 900, loaded["train"])
   assert len({r["text"] for r in held_out}) == 900
   assert not {r["text"] for r in held_out} & {r["text"] for r in loaded["train"]}
 
@@ -84,11 +84,8 @@ def test_held_out_has_no_labelled_text_and_no_text_twice():
   test, labelled = records("abcabd"), records("bx")
   assert [r["text"] for r in subj.held_out(test, 3, labelled)] == ["a", "c", "d"]
   assert [r["text"] for r in subj.held_out(test, 2, labelled)] == ["a", "c"]
-  orders = {"".join(r["text"] for r in subj.held_out(test, 3, labelled, seed=s)) for s in range(20)}
-  assert len(orders) > 2 and {"".join(sorted(o)) for o in orders} == {"acd"}
-  assert subj.held_out(test, 3, labelled, seed=4) == subj.held_out(test, 3, labelled, seed=4)
   for number in (0, 4):
-    with pytest.raises(ValueError, match=f"{number} test records: must be from 1 to 3"):
+    with pytest.raises(ValueError, match=rf"{number} held-out records \(.*\): must be from 1 to 3"):
       subj.held_out(test, number, labelled)
 
 

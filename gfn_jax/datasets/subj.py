@@ -14,7 +14,6 @@ import tensorflow_datasets as tfds
 from gfn_jax.datasets import json_lines, prepared, sources
 
 LABELS = ("objective", "subjective")  # a label's number is its place
-LABELLED_SIZES = (10, 20, 50)  # Table 3
 FILES = {"train": "train.jsonl", "test": "test.jsonl"}
 
 
@@ -93,7 +92,7 @@ def labelled_subset(records: list[dict], number: int, seed: int | None = None) -
 
   Args:
     records: of the train split.
-    number: how many; the paper's are `LABELLED_SIZES`.
+    number: how many; the paper's are 10, 20 and 50.
     seed: None for the first `number`, which is how the paper's sets stand in its files; else a random set in random
       order with as many of each label (of an odd number the one more is objective).
 
@@ -114,8 +113,8 @@ def labelled_subset(records: list[dict], number: int, seed: int | None = None) -
   return [records[i] for i in rng.permutation(drawn)]
 
 
-def held_out(records: list[dict], number: int, labelled: list[dict], seed: int | None = None) -> list[dict]:
-  """`number` records whose text none of the labelled ones has: the first, or with a seed random ones.
+def held_out(records: list[dict], number: int, labelled: list[dict]) -> list[dict]:
+  """The first `number` records whose text none of the labelled ones has.
 
   Args:
     records: of the test split; or of train, to validate on.
@@ -126,7 +125,8 @@ def held_out(records: list[dict], number: int, labelled: list[dict], seed: int |
   taken = {r["text"] for r in labelled}
   left = list({r["text"]: r for r in records if r["text"] not in taken}.values())
   if not 1 <= number <= len(left):
-    raise ValueError(f"{number} test records: must be from 1 to {len(left)}, which are left beside the labelled ones")
-  if seed is None:
-    return left[:number]
-  return [left[i] for i in np.random.default_rng(seed).permutation(len(left))[:number]]
+    raise ValueError(
+      f"{number} held-out records (config.eval.num_test, config.eval.num_validation): must be from 1 to {len(left)}, "
+      "which are left beside the labelled ones"
+    )
+  return left[:number]

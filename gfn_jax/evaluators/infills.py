@@ -27,6 +27,8 @@ class Infills(Evaluator):
     layers = None if self._bert is None else self._bert.config.num_layers
     if layers is not None and not 0 <= c.bertscore_layer <= layers:
       raise ValueError(f"config.infill.bertscore_layer {c.bertscore_layer}: {c.bertscore_model!r} has {layers} layers")
+    if c.judge_samples < 1:
+      raise ValueError(f"config.infill.judge_samples is {c.judge_samples}: must be positive")
     asks = c.judge_url is not None and distributed.is_first()  # it is paid for
     self._judge = Judge(c.judge_url, c.judge_model, cache=c.judge_cache) if asks else None
 

@@ -28,6 +28,17 @@ class Sentences(Evaluator):
 
   def __init__(self, parts, context=(), draws=None):
     super().__init__(parts, context, draws)
+    c = parts.config.next_sentence
+    for field, fits, rule in (
+      ("sampling_temperatures", lambda t: 1e-6 <= t <= 1e6, "between 1e-6 and 1e6"),
+      ("top_k", lambda k: isinstance(k, int) and k >= 1, "whole numbers from 1"),
+      ("top_p", lambda p: 0 < p <= 1, "above 0 and at most 1"),
+      ("beam_compute", lambda times: isinstance(times, int) and times >= 1, "whole numbers from 1"),
+    ):
+      if not all(map(fits, c[field])):
+        raise ValueError(f"config.next_sentence.{field} is {tuple(c[field])}: must be {rule}")
+    if not 0 <= c.diversity_penalty < float("inf"):
+      raise ValueError(f"config.next_sentence.diversity_penalty is {c.diversity_penalty}: must not be negative")
     self._encoder = None if parts.config.eval.encoder is None else load_encoder(parts.config.eval.encoder)
 
   def __call__(

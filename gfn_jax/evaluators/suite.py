@@ -37,10 +37,7 @@ Evaluation = tuple[dict[str, float], list[dict]]  # result key -> value, and sam
 def _with_cue(problems: Problems, cue: str) -> Problems:
   """The problems as a base reads them that is told, behind each prompt, how to begin; the reward is not."""
 
-  def cued(e):
-    read = e.prompt if e.reward_prompt is None else e.reward_prompt
-    return dataclasses.replace(e, prompt=e.prompt + cue, reward_prompt=read)
-
+  cued = lambda e: dataclasses.replace(e, prompt=e.prompt + cue, reward_prompt=e.rewarded_prompt)  # noqa: E731
   return {kind: [cued(e) for e in examples] for kind, examples in problems.items()}
 
 
@@ -65,6 +62,15 @@ class Suite:
         if not has:
           raise ValueError(f"evaluator {name!r} of config.eval does not fit the task {task.name!r}, without {needed}")
     self._validation = task.validation_examples(config.eval.num_validation)
+    if config.eval.num_validation and not any(self._validation.values()):
+      raise ValueError(f"the task {task.name!r} has no validation problems: config.eval.num_validation must be 0")
+    if (config.train.keep == "best" or config.train.patience) and not num_sampled(
+      config.behavior, config.train.num_queries
+    ):
+      raise ValueError(
+        "config.train.keep and config.train.patience go by held-out queries that are sampled as a step's are, and "
+        f"config.behavior.buffer {config.behavior.buffer} of config.train.num_queries {config.train.num_queries} is all"
+      )
     held_out = {"test": task.test_examples, "validation": task.validation_examples}
     self._test = held_out[config.eval.split](config.eval.num_test)
     self._shown = {k: task.context_tokens(k, config.seed) for k in config.eval.shots}

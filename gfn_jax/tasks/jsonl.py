@@ -19,7 +19,7 @@ from gfn_jax.types import Example
 
 @dataclasses.dataclass(frozen=True)
 class Words:
-  """log c(z): `penalty` nats off for each required word that z lacks, and each forbidden one that it has."""
+  """log c(z): `penalty` nats off for each required word or phrase that z lacks, and each forbidden one that it has."""
 
   required: Sequence[str]
   forbidden: Sequence[str]
@@ -28,9 +28,8 @@ class Words:
   def __call__(self, example: Example, text: str) -> float:
     """log c in nats; words are compared in lower case."""
     del example
-    words = set(re.findall(r"\w+", text.lower()))
-    broken = sum(w.lower() not in words for w in self.required) + sum(w.lower() in words for w in self.forbidden)
-    return -self.penalty * broken
+    has = lambda words: re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text, re.IGNORECASE) is not None  # noqa: E731
+    return -self.penalty * (sum(not has(w) for w in self.required) + sum(map(has, self.forbidden)))
 
 
 class JsonlTask(Task):
@@ -61,9 +60,8 @@ class JsonlTask(Task):
     self.demonstrations = [e for e in kept if e.rationale is not None]
     if c.rationale is not None and not any(e.rationale is not None for e in made):
       print(f"config.jsonl.rationale {c.rationale!r}: no record of {path} has its fields, so none is a demonstration")
-    seeded = self.demonstrations if config.replay.seed_from == "demonstrations" else []
-    self.num_seeded = len(seeded)
-    self.examples = seeded + [e for e in kept if e.rationale is None or not seeded]
+    self.num_seeded = len(self.demonstrations)
+    self.examples = self.demonstrations + [e for e in kept if e.rationale is None]
     self.stop_token_id = self.stop_of_targets(config.sampler.stop_at_eos) if made[0].target else self.find_stop(c.stop)
     if c.allowed_characters is not None:
       allowed, texts = set(c.allowed_characters), (self.decode([i]) for i in range(vocab_size))
@@ -114,14 +112,17 @@ class JsonlTask(Task):
   def context_tokens(self, num_demonstrations: int, seed: int | None = None) -> list[int]:
     """Records that have a Z, whole, a line each."""
     shown = self.shown(num_demonstrations, seed)
-    lines = self.encode("".join(f"{e.reward_prompt or e.prompt}{e.rationale}{e.target}\n" for e in shown))
+    lines = self.encode("".join(f"{e.rewarded_prompt}{e.rationale}{e.target}\n" for e in shown))
     return [*self.start_tokens, *lines] if shown else []
+
+  def example_of(self, prompt: str) -> Example:
+    """The example that a user's prompt makes; where the config names an answer, this one's is not known."""
+    return Example(prompt, rationale=None, target="", answer=None if self._settings.answer is not None else "")
 
   def is_right(self, example: Example, tokens: Sequence[int]) -> bool | None:
     """Whether Z reads as the answer, or keeps the constraint; None where the config names neither."""
-    text = self.decode(tokens)
     if self._settings.answer is not None:
-      return text.strip() == example.answer.strip()
+      return None if example.answer is None else self.decode(tokens).strip() == example.answer.strip()
     return None if self._log_c is None else self._constrain(example, tokens) >= 0
 
   def validation_examples(self, number: int) -> dict[str, list[Example]]:
