@@ -3,6 +3,7 @@
     python -m gfn_jax.main --config=configs/rng.py                  # SmolLM2-135M-Instruct, 0 to 100, uniform
     python -m gfn_jax.main --config=configs/rng.py:smoke            # embedded LM, 0 to 20; what the tests run
     python -m gfn_jax.main --config=configs/rng.py:paper            # instruct GPT-J 6B
+    python -m gfn_jax.main --config=configs/rng.py --config.method=sft --config.replay.seed_from=demonstrations
     python -m launch.sweep --config=configs/rng.py --name=fig2
 
 Other targets: --config.rng.target=poisson --config.rng.parameter=30, binomial, geometric, or a table of weights.
@@ -85,6 +86,7 @@ def get_config(variant: str = ""):
     config.replay.seed_from = "nothing"
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
+  config.eval.max_length = config.sampler.max_length
   return config
 
 

@@ -74,7 +74,7 @@ class Collector:
 
   Attributes:
     replay: the buffer.
-    table: the training queries.
+    table: the training queries. num_seeded: how many of them, the first ones, have demonstrations that seed the buffer.
     padding: of the batches' trees.
   """
 
@@ -99,10 +99,11 @@ class Collector:
       "max_length": config.sampler.max_length,
     }
     self.replay = ReplayBuffer(**self._replay_settings)
+    self.num_seeded = task.num_seeded if config.replay.seed_from == "demonstrations" else 0
     self.weights = np.full(len(task.examples), config.data.unseeded_weight, np.float64)
-    self.weights[: task.num_seeded] = config.data.seeded_weight
+    self.weights[: self.num_seeded] = config.data.seeded_weight
     drawable, wanted = int((self.weights > 0).sum()), config.train.num_queries
-    if not drawable or drawable < wanted <= len(self.weights):
+    if config.method != "sft" and (not drawable or drawable < wanted <= len(self.weights)):
       raise ValueError(
         f"config.train.num_queries {wanted}: only {drawable} queries have a weight above 0 (config.data.seeded_weight "
         f"{config.data.seeded_weight}, config.data.unseeded_weight {config.data.unseeded_weight})"
@@ -121,22 +122,30 @@ class Collector:
     if arrays:
       self.replay = ReplayBuffer.from_arrays(arrays, **self._replay_settings)
 
-  def seed_replay(self, on_round: Callable[[], None] | None = None) -> int:
-    """Fills the buffer before the first step, as config.replay.seed_from says; how many rationales it was offered.
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> str:
+    """Fills the buffer before the first step, as config.replay.seed_from says; what with, in words, "" for nothing.
 
     `on_round` is called between device rounds, where there are any.
     """
     if self._config.replay.seed_from in ("inverse_prompt", "samples"):
       return self._seed_by_sampling(on_round)
-    max_length = self._config.sampler.max_length
-    found = [
-      (i, self._task.rationale_tokens(e, max_length))
-      for i, e in enumerate(self._task.examples[: self._task.num_seeded])
-    ]
-    found = [(i, z) for i, z in found if z is not None]
-    return self._offer(np.array([i for i, _ in found], int), [z for _, z in found])
+    max_length, seeded = self._config.sampler.max_length, self._task.examples[: self.num_seeded]
+    found = [(i, self._task.rationale_tokens(e, max_length)) for i, e in enumerate(seeded)]
+    found = [(i, *z) for i, z in found if z is not None]
+    if found:
+      ids, tokens, chosen = zip(*found)
+      length = np.array([len(row) for row in tokens], np.int32)
+      (tokens, _), (chosen, _) = data.pad_right(tokens, max_length), data.pad_right(chosen, max_length)
+      blank = np.zeros(tokens.shape, np.float32)
+      z = Trajectory(tokens, length, chosen.astype(bool), blank, np.pad(blank, ((0, 0), (0, 1))))
+      log_reward = self.score(np.array(ids), z, self._wanted(z, data.SEED_PREFIX_STREAM, 0))
+      for row, q in enumerate(ids):
+        at = slice(row, row + 1)
+        self.replay.add(q, tokens[at], length[at], z.action_mask[at], log_reward[at])
+    fit = f"{len(found)} of {self.num_seeded} demonstrations fit {max_length} tokens"
+    return fit if self.num_seeded else ""
 
-  def _seed_by_sampling(self, on_round: Callable[[], None] | None) -> int:
+  def _seed_by_sampling(self, on_round: Callable[[], None] | None) -> str:
     """What the base writes: behind the prompts, or the reasons it gives when it is told the answer (appendix D).
 
     Those are scored behind the plain prompt.
@@ -150,39 +159,21 @@ class Collector:
       None, queries.prompt_tokens, queries.prompt_mask, num_samples=config.replay.num_seed_samples, temperature=1.0,
       key=data.step_key(config.seed, data.SEED, 0), on_round=on_round,
     )  # fmt: skip
-    ids = np.arange(len(task.examples))
+    rows = np.arange(len(z.length))
     if told:
-      rows = [task.first_words(row[:length].tolist()) for row, length in zip(z.tokens, z.length)]
-      return self._offer(ids, [(row, [True] * len(row)) if row else None for row in rows])
-    self._keep(ids, z, self.score(ids, z, self._wanted(z, data.SEED_PREFIX_STREAM, 0)))
-    return len(z.length)
+      length = [len(task.first_words(row[:n].tolist())) for row, n in zip(z.tokens, z.length)]
+      z = z.beginnings(np.array(length, np.int32))
+      rows = np.flatnonzero(z.length)
+    ids = np.arange(len(task.examples))
+    self._keep(ids, z, self.score(ids, z, self._wanted(z, data.SEED_PREFIX_STREAM, 0)), rows)
+    return f"{len(self.replay)} rationales of {len(rows)} by the base" if len(rows) else ""
 
-  def _offer(self, ids: np.ndarray, rationales: list[tuple[list[int], list[bool]] | None]) -> int:
-    """Scores N rationales (tokens, action_mask; None: none) a query, and adds them to the buffer; how many."""
-    if not any(rationales):
-      return 0
-    max_length, n = self._config.sampler.max_length, len(rationales) // len(ids)
-    rows = [z or ([], []) for z in rationales]
-    tokens, _ = data.pad_right([*(tokens for tokens, _ in rows), [0] * max_length])
-    chosen, _ = data.pad_right([*(mask for _, mask in rows), [0] * max_length])
-    tokens, chosen = tokens[:-1], chosen[:-1].astype(bool)
-    length = np.array([len(tokens) for tokens, _ in rows], np.int32)
-    blank = np.zeros(tokens.shape, np.float32)
-    z = Trajectory(tokens, length, chosen, blank, np.pad(blank, ((0, 0), (0, 1))))
-    log_reward = self.score(ids, z, self._wanted(z, data.SEED_PREFIX_STREAM, 0))
-    offered = [row for row, z in enumerate(rationales) if z]
-    for row in offered:
-      at = slice(row, row + 1)
-      self.replay.add(int(ids[row // n]), tokens[at], length[at], chosen[at], log_reward[at])
-    return len(offered)
-
-  def _keep(self, ids: np.ndarray, z: Trajectory, log_reward: np.ndarray) -> None:
-    """Adds N samples of each query to the buffer, or in the place of each what it begins with and is worth more."""
+  def _keep(self, ids: np.ndarray, z: Trajectory, log_reward: np.ndarray, rows: np.ndarray) -> None:
+    """Adds the `rows` of N samples of each query to the buffer, or instead what they begin with and is worth more."""
+    ends, query_of = z.length[rows], rows // (len(z.length) // len(ids))
     if self._better_prefixes:
-      rows, ends = np.nonzero(better_prefixes(log_reward, z.length))
-    else:
-      rows, ends = np.arange(len(z.length)), z.length
-    query_of = rows // (len(z.length) // len(ids))
+      found, ends = np.nonzero(better_prefixes(log_reward[rows], ends))
+      rows, query_of = rows[found], query_of[found]
     for j, q in enumerate(ids):
       at = query_of == j
       of = rows[at]
@@ -220,7 +211,7 @@ class Collector:
     if draft.rollout is None:
       return None
     z, log_reward = self._scored(draft, on_round)
-    self._keep(draft.plan.query_ids[draft.fresh], z, log_reward)
+    self._keep(draft.plan.query_ids[draft.fresh], z, log_reward, np.arange(len(z.length)))
     return z, log_reward
 
   def batch(self, draft: Draft, samples: tuple[Trajectory, np.ndarray] | None) -> tuple[Batch, dict[str, float]]:
@@ -296,15 +287,15 @@ class DemonstrationCollector(Collector):
   def score(self, ids, z, wanted):
     return np.zeros(z.log_pterm.shape, np.float32)  # no reward enters the loss
 
-  def seed_replay(self, on_round: Callable[[], None] | None = None) -> int:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> str:
     """The demonstrations that fit. Raises ValueError where no demonstration is left to learn from."""
-    found = super().seed_replay(on_round)
-    if not found:
+    said = super().seed_replay(on_round)
+    if not len(self.replay):
       raise ValueError(
-        f"config.method 'sft' learns from demonstrations, and of the data's {self._task.num_seeded} none has at most "
+        f"config.method 'sft' learns from demonstrations, and of the data's {self.num_seeded} none has at most "
         f"config.sampler.max_length {self._config.sampler.max_length} tokens"
       )
-    return found
+    return said
 
   def _by_prompt(self) -> list[np.ndarray]:
     """The queries that hold a demonstration, [prompts][demonstrations]."""

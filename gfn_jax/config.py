@@ -321,9 +321,11 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
     f"config.train.max_staleness {t.max_staleness}: only method 'gfn' may learn from the samples of an older policy; "
     f"with {config.method!r} it must be 0",
   )
+  comparing = {"grpo": "method 'grpo'", "gfn": "loss 'vargrad'" if config.loss.name == "vargrad" else ""}
+  who = comparing.get(config.method)
   _require(
-    config.method != "grpo" or s.num_samples > 1,
-    f"config.sampler.num_samples {s.num_samples}: method 'grpo' compares the samples of a query, and needs at least 2",
+    not who or s.num_samples > 1,
+    f"config.sampler.num_samples {s.num_samples}: {who} compares the samples of a query, and needs at least 2",
   )
   _require(
     config.method != "sft" or config.replay.seed_from == "demonstrations",

@@ -77,10 +77,10 @@ class OnPolicyCollector(Collector):
     )  # fmt: skip
     self._measure = over_data(measure_share, (None, None, None, 0), parts.devices)
 
-  def seed_replay(self, on_round: Callable[[], None] | None = None) -> int:
+  def seed_replay(self, on_round: Callable[[], None] | None = None) -> str:
     """Nothing: there is no buffer."""
     del on_round
-    return 0
+    return ""
 
   def __call__(
     self, trained: Mapping[str, Any], step: int, key: jax.Array, on_round: Callable[[], None] | None = None

@@ -140,10 +140,17 @@ class ReplayBuffer:
     arrays = self._stack([held[i] for i in drawn])
     return arrays["tokens"], arrays["length"], arrays["action_mask"], arrays["log_reward"]
 
-  def log_partition_bound(self, reward_temperature: float) -> float:
-    """A lower bound of log Z, nats: the mean over queries of log sum R^(1/T) of what it holds. It must hold some."""
-    scores = [[rationale.score for rationale in held] for held in self._queries.values()]
-    return float(np.mean([np.logaddexp.reduce(np.array(row) / reward_temperature) for row in scores]))
+  def log_partition_bounds(self, num_queries: int, reward_temperature: float) -> Float[np.ndarray, "Q"]:
+    """Lower bounds of the queries' log Z, nats: log sum R^(1/T) over what it holds, which must be something.
+
+    A query of which it holds nothing gets the mean of the others, which is a guess and no bound.
+    """
+    bounds = {
+      q: np.logaddexp.reduce([rationale.score / reward_temperature for rationale in held])
+      for q, held in self._queries.items()
+    }
+    mean = np.mean(list(bounds.values()))
+    return np.array([bounds.get(q, mean) for q in range(num_queries)], np.float32)
 
   def to_arrays(self) -> dict[str, np.ndarray]:
     """The whole content for a checkpoint, E rationales by query and, within it, best first.

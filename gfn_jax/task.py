@@ -110,7 +110,16 @@ class Task(TextCodec):
     return list(self.start_tokens) or ([] if eos is None else [eos])
 
   def shown(self, number: int, seed: int | None = None) -> list[Example]:
-    """The first demonstrations; with a seed as many in a random order, as a baseline's prompts are drawn."""
+    """The first demonstrations; with a seed as many in a random order, as a baseline's prompts are drawn.
+
+    Raises:
+      ValueError: there are not as many.
+    """
+    if number > len(self.demonstrations):
+      raise ValueError(
+        f"{number} demonstrations (config.reward.num_demonstrations, config.eval.shots): the {self.name} task has "
+        f"{len(self.demonstrations)}"
+      )
     if seed is None:
       return list(self.demonstrations[:number])
     order = np.random.default_rng(seed).permutation(len(self.demonstrations))
@@ -209,7 +218,11 @@ class Task(TextCodec):
     r = config.reward
     shown = f"{r.num_demonstrations} demonstrations, " if self.context_tokens(r.num_demonstrations) else ""
     power = f"^{r.alpha:g}" if r.alpha != 1 else ""
-    prior = f" p_LM(Z)^{r.beta:g}" if r.beta else ""
-    return f"p_LM(Z | {shown}X){power} p_LM(Y | {shown}X, Z){prior}"
+    text = f"p_LM(Z | {shown}X){power}"
+    text += f" p_LM(Y | {shown}X, Z)" if any(e.target for e in self.examples) else ""
+    text += f" p_LM(Z)^{r.beta:g}" if r.beta else ""
+    text += " c(Z), the task's constraint" if self.log_constraint is not None else ""
+    text += f", less {r.rival_penalty:g} nats where a wrong Y is likelier than Y" if r.rival_penalty else ""
+    return text + (f"; p_LM is the base with the adapter {r.adapter}" if r.adapter else "")
 
   log_constraint: Any = None  # as in `rewards.Reward`

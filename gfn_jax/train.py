@@ -256,8 +256,16 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
         f"config.train.num_steps is {config.train.num_steps}, but {workdir} has made {first_step} steps already"
       )
     collector.restore(arrays)
-  contract.write_config(workdir, config, everywhere)
   print(contract.plan(config, pretrained, trained, everywhere, first_step, workdir), flush=True)
+
+  # 4. The buffer. What is known of the run is written behind it: a slip that shows here can be mended.
+  if restored is None:
+    if said := collector.seed_replay(preemption.check):
+      print(f"replay buffer: {said}", flush=True)
+    if "log_partition" in trained and len(collector.replay):  # far nearer than 0, where the LM rewards
+      start = collector.replay.log_partition_bounds(len(task.examples), reward_temperature(config, 0))
+      state = state.replace(trained=trained | {"log_partition": place(jnp.asarray(start), devices)})
+  contract.write_config(workdir, config, everywhere)
 
   rows_per_step = config.train.num_queries * config.sampler.num_samples
   with (
@@ -272,18 +280,6 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
       log.flush()
       writer.publish()
       checkpoints.save(int(state.step), state, collector.to_arrays())
-
-    # 4. The buffer.
-    if restored is None:
-      seeds = collector.seed_replay(preemption.check)
-      if config.replay.seed_from in ("inverse_prompt", "samples") and seeds:
-        print(f"replay buffer: {len(collector.replay)} rationales of {seeds} by the base", flush=True)
-      elif task.num_seeded and config.method in ("gfn", "sft"):
-        fit = f"{seeds} of {task.num_seeded} demonstrations fit {config.sampler.max_length} tokens"
-        print(f"replay buffer: {fit}", flush=True)
-      if "log_partition" in trained and seeds:  # far nearer than 0, where the LM rewards
-        start = jnp.full(len(task.examples), collector.replay.log_partition_bound(reward_temperature(config, 0)))
-        state = state.replace(trained=state.trained | {"log_partition": place(start, devices)})
 
     try:
       # 5. The steps. Metrics of a step are read while the next one runs.
@@ -327,7 +323,7 @@ def _train(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preemp
       results, samples = suite.test(
         lora, final_temperature, key(data.EVALUATE, 0), preemption.check, writer.say, tests.get
       )
-      log.evaluation(config.train.num_steps, results, samples)
+      log.evaluation(int(state.step), results, samples)
       if distributed.is_first():
         contract.write_model_card(workdir, config, pretrained, results, task, final_temperature, learned_steps)
     except Preempted:  # between rounds: state and buffer are those of the last whole step

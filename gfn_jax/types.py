@@ -29,17 +29,22 @@ class Example:
     prompt: X as the policy reads it.
     rationale: a demonstration Z, or None.
     target: Y; "" where nothing follows Z.
-    answer: what a right Z leads to.
-    reward_prompt: X as the reward reads it; None where that is the prompt.
+    answer: what a right Z leads to; None where that is not known.
+    reward_prompt: X as the reward reads it, where that is not the prompt; None where it is.
     rivals: targets that Y competes with (the other labels), all of them wrong.
   """
 
   prompt: str
   rationale: str | None
   target: str
-  answer: str
+  answer: str | None
   reward_prompt: str | None = None
   rivals: tuple[str, ...] = ()
+
+  @property
+  def rewarded_prompt(self) -> str:
+    """X as the reward reads it."""
+    return self.prompt if self.reward_prompt is None else self.reward_prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,13 @@ class Trajectory:
   def rows(self, index) -> "Trajectory":
     """The rows that `index` picks."""
     return jax.tree.map(lambda x: x[index], self)
+
+  def beginnings(self, length: Array) -> "Trajectory":
+    """Of each row its first `length` tokens, int [B]."""
+    prefixes, length = np.arange(np.shape(self.log_pterm)[1]), np.asarray(length, np.int32)
+    behind, written = prefixes > length[:, None], prefixes[:-1] < length[:, None]
+    tokens, chosen, log_pf = (np.where(written, x, 0) for x in (self.tokens, self.action_mask, self.log_pf))
+    return Trajectory(tokens, length, chosen.astype(bool), log_pf, np.where(behind, 0, self.log_pterm))
 
 
 def terminable_prefixes(length: Array, action_mask: Array) -> np.ndarray:

@@ -103,7 +103,7 @@ CASES = {
     [SMOKE, "--config.method=grpo", "--config.sampler.num_samples=1"], ["config.sampler.num_samples 1", "at least 2"],
   ),
   "negative shots": ([SMOKE, "--config.eval.shots=(-1,)"], ["config.eval.shots", "(-1,)", "positive"]),
-  "too many shots": ([SMOKE, "--config.eval.shots=(60,)"], ["config.eval.shots 60", "has 50"]),
+  "too many shots": ([SMOKE, "--config.eval.shots=(60,)"], ["60 demonstrations", "config.eval.shots", "has 50"]),
   "damaged workdir": ([SMOKE, "--workdir={}/other"], ["{}/other/config.json", "damaged", "another folder"]),
   "workdir whose config is a list": ([SMOKE, "--workdir={}/listed"], ["{}/listed/config.json", "damaged"]),
   "rate that ends too early": ([ARITH, "--config.train.num_steps=500"], ["decay_steps 250", "num_steps 500"]),

@@ -17,9 +17,9 @@ from gfn_jax.types import Example, Trajectory
 MAX_LENGTH, KEY = 4, jax.random.key(0)
 
 
-def make_collector(prompts, rows):
+def make_collector(prompts, rows, config=None, kind=DemonstrationCollector):
   """Demonstration i is the single token i, behind prompts[i]."""
-  config = base_config()
+  config = config or base_config()
   config.method, config.train.num_queries, config.sampler.num_samples = "sft", rows, 1
   config.sampler.max_length = MAX_LENGTH
   examples = [Example(p, str(i), "", "") for i, p in enumerate(prompts)]
@@ -30,7 +30,7 @@ def make_collector(prompts, rows):
   pretrained = SimpleNamespace(config=SimpleNamespace(max_positions=64, hidden_size=32))
   sampler = SimpleNamespace(devices=jax.local_devices()[:1])
   parts = SimpleNamespace(config=config, task=task, params={}, sampler=sampler, reward=None, pretrained=pretrained)
-  collector = DemonstrationCollector(parts, query_table(examples, task, 64, MAX_LENGTH))
+  collector = kind(parts, query_table(examples, task, 64, MAX_LENGTH))
   collector.seed_replay()
   return collector
 
@@ -66,6 +66,21 @@ def test_demonstrations_of_a_prompt_are_drawn_together(prompts, rows, num_prompt
       assert len(set(found[begin : begin + together])) == together  # none twice behind one prompt
     again, _ = collector({}, step, KEY)
     np.testing.assert_array_equal(again.tokens, batch.tokens)
+
+
+def test_weights_of_queries_are_nothing_to_demonstrations():
+  config = base_config()
+  config.method, config.data.seeded_weight, config.data.unseeded_weight = "sft", 0.0, 0.0
+  collector = make_collector("abcdefgh", 4, config)
+  assert len(collector({}, 0, KEY)[0].tokens) == 4
+
+
+def test_demonstrations_stay_out_of_the_buffer_unless_they_seed_it():
+  config = base_config()
+  config.replay.seed_from = "nothing"
+  collector = make_collector("abcd", 4, config, Collector)
+  assert collector.seed_replay() == "" and not len(collector.replay)
+  assert (collector.weights == config.data.unseeded_weight).all()
 
 
 def test_rows_that_are_drawn_alone_are_as_likely_as_one_another():
@@ -177,7 +192,7 @@ def test_the_bases_samples_fill_the_buffer_before_the_first_step(better):
   fields = {"loss.name": "tb", "replay.better_prefixes": better, "replay.seed_from": "samples"}
   fields |= {"replay.num_seed_samples": 7}
   collector = make_step_collector(fields, lambda tokens: tokens[:, :1] + np.array(BY_LENGTH))
-  assert collector.seed_replay() == 14
+  assert collector.seed_replay() == "14 rationales of 14 by the base"
   kept = collector.replay.to_arrays()
   np.testing.assert_array_equal(kept["query_ids"], np.repeat([0, 1], 7))
   assert (kept["length"] == (2 if better else 4)).all()

@@ -315,20 +315,18 @@ def test_test_problems_from_a_file(data_dir, tmp_path):
 
 def test_queries_without_seeds(data_dir):
   config = arith_config.get_config()
-  config.data.dir, config.replay.seed_from = data_dir, "nothing"
+  config.data.dir, config.data.num_seed_rationales = data_dir, 0
   task = make_task(config, tiny_tokenizer(), len(tiny_tokenizer()))
   assert task.num_seeded == 0 and len(task.examples) == 1050 and not any(e.rationale for e in task.examples)
-  config.replay.seed_from, config.data.num_seed_rationales = "demonstrations", 10
+  config.data.num_seed_rationales = 10
   task = make_task(config, tiny_tokenizer(), len(tiny_tokenizer()))
   assert task.num_seeded == 10 and sum(e.rationale is not None for e in task.examples) == 10
 
 
-@pytest.mark.parametrize("field, value", [("data.num_seed_rationales", 51), ("reward.num_demonstrations", 60)])
-def test_more_demonstrations_than_the_data_has(field, value, data_dir):
+def test_more_demonstrations_than_the_data_has(data_dir):
   config = arith_config.get_config()
-  config.data.dir = data_dir
-  config.update_from_flattened_dict({field: value})
-  with pytest.raises(ValueError, match=f"config.{field} {value}: the data has 50"):
+  config.data.dir, config.data.num_seed_rationales = data_dir, 51
+  with pytest.raises(ValueError, match="config.data.num_seed_rationales 51: the data has 50"):
     make_task(config, tiny_tokenizer(), len(tiny_tokenizer()))
 
 

@@ -12,6 +12,7 @@ from gfn_jax.evaluators.posterior import posterior_quality
 from gfn_jax.experiment import build
 from gfn_jax.sampler import Sampler
 from gfn_jax.task import Task
+from gfn_jax.tasks.arith import ArithTask
 from gfn_jax.types import Example, Trajectory
 from testing import tiny_pretrained
 
@@ -204,3 +205,33 @@ def test_an_evaluator_of_another_task_is_refused_before_anything_runs(name, need
   config.eval.test_evaluators = (name,)
   with pytest.raises(ValueError, match=f"evaluator '{name}' .* does not fit the task 'arith', without {needed}$"):
     build(config, jax.local_devices()[:1])
+
+
+def test_what_training_goes_by_must_be_there(monkeypatch):
+  config = arith.get_config("smoke")
+  monkeypatch.setattr(ArithTask, "validation_examples", lambda self, number: {"3": []})
+  with pytest.raises(ValueError, match="'arith' has no validation problems: config.eval.num_validation must be 0"):
+    build(config, jax.local_devices()[:1])
+  monkeypatch.undo()
+  config.train.keep, config.behavior.buffer, config.behavior.tempered = "best", 1.0, 0.0
+  with pytest.raises(ValueError, match=r"config.train.keep and .* config.behavior.buffer 1.0 of .* is all"):
+    build(config, jax.local_devices()[:1])
+
+
+def test_a_card_names_all_that_the_reward_is_made_of():
+  config, task = arith.get_config("smoke"), Task.__new__(Task)
+  config.reward.num_demonstrations = 0
+  task.examples = [Example("x", None, "y", "")]
+  assert task.reward_text(config) == "p_LM(Z | X) p_LM(Y | X, Z)"
+  config.reward.update({"alpha": 2.0, "beta": -0.5, "rival_penalty": 50.0, "adapter": "round/m"})
+  task.examples, task.log_constraint = [Example("x", None, "", "")], lambda example, tokens: 0.0
+  found = task.reward_text(config)
+  assert found.startswith("p_LM(Z | X)^2 p_LM(Z)^-0.5 c(Z)") and "50 nats" in found and found.endswith("round/m")
+
+
+def test_as_many_demonstrations_as_there_are():
+  task = Task.__new__(Task)
+  task.demonstrations = [Example(x, None, "", "") for x in "abc"]
+  assert [e.prompt for e in task.shown(2)] == ["a", "b"] and len(task.shown(3, seed=0)) == 3
+  with pytest.raises(ValueError, match=r"4 demonstrations \(.*config.eval.shots\): the .* task has 3"):
+    task.shown(4)

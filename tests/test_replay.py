@@ -167,8 +167,11 @@ def test_what_is_held_bounds_log_z():
   buffer = ReplayBuffer(capacity=3, similarity=0.0, max_length=MAX_LENGTH)
   buffer.add(0, *rows(([1], math.log(0.5)), ([2], math.log(0.3)), ([1], math.log(0.5))))  # one of them twice
   buffer.add(4, *rows(([1], math.log(0.1))))
-  assert buffer.log_partition_bound(1.0) == pytest.approx((math.log(0.8) + math.log(0.1)) / 2)
-  assert buffer.log_partition_bound(0.5) == pytest.approx((math.log(0.34) + math.log(0.01)) / 2)
+  for temperature, first, last in ((1.0, 0.8, 0.1), (0.5, 0.34, 0.01)):
+    first, last = math.log(first), math.log(last)
+    mean = (first + last) / 2  # of the queries without any
+    found = buffer.log_partition_bounds(6, temperature)
+    np.testing.assert_allclose(found, [first, mean, mean, mean, last, mean], rtol=1e-6)
 
 
 def test_drawing_from_nothing_names_the_query():

@@ -112,6 +112,11 @@ def test_a_range_that_max_length_cannot_hold_is_named(base):
     make_task(base, max_length=1, low=123456, high=123457)
 
 
+def test_a_penalty_that_rewards_is_refused(base):
+  with pytest.raises(ValueError, match="config.rng.penalty is -1: must not be negative"):
+    make_task(base, penalty=-1.0)
+
+
 # ---- Reward
 
 

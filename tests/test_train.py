@@ -18,11 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from configs import arith
 from gfn_jax import cli
 from gfn_jax.datasets.expressions import question, split_of
 from gfn_jax.evaluators.posterior import METRICS as POSTERIOR_METRICS
 from gfn_jax.metrics import MetricsWriter, StepLog, read_jsonl
 from gfn_jax.models import load_adapter, load_pretrained
+from gfn_jax.train import train
 from testing import QUICK_COMPILATION, REPOSITORY, damage_checkpoint, run_python
 
 # Minutes in all on an idle machine; a busy one must not fail them.
@@ -250,6 +252,21 @@ def test_another_config_in_the_same_workdir_is_refused(smoke, runs):
     f"error: workdir {str(workdir)!r} holds another run: config.loss.subtb_lambda is 0.9 here and 1.0 there\n"
   )
   assert snapshot(workdir) == before
+
+
+def test_a_slip_that_shows_when_the_buffer_is_filled_can_be_mended(tmp_path):
+  config = arith.get_config("smoke")
+  config.data.dir, config.replay.seed_from = str(tmp_path / "tfds"), "inverse_prompt"
+  with pytest.raises(ValueError, match="the arith task has no inverse prompt"):
+    train(config.lock(), tmp_path / "run")
+  assert not (tmp_path / "run" / "config.json").exists()
+
+
+def test_evaluate_writes_over_no_run(smoke, runs):
+  before = snapshot(smoke[0])
+  done = run(runs, f"--output={smoke[0]}/results.json", module="gfn_jax.evaluate")
+  assert done.returncode == 2 and "stands for the end of the run in" in done.stderr
+  assert snapshot(smoke[0]) == before
 
 
 def test_evaluate_gives_the_runs_own_numbers(smoke, runs):

@@ -61,14 +61,9 @@ class ArithTask(Task):
       if e.rationale is None:
         raise ValueError(f"the demonstration {e.prompt!r} has no rationale")
     self.demonstrations = demonstrations
-    for field, wanted in (
-      ("data.num_seed_rationales", config.data.num_seed_rationales),
-      ("reward.num_demonstrations", config.reward.num_demonstrations),
-      ("eval.shots", max(config.eval.shots, default=0)),
-    ):
-      if wanted > len(demonstrations):
-        raise ValueError(f"config.{field} {wanted}: the data has {len(demonstrations)}")
-    seeded = config.data.num_seed_rationales if config.replay.seed_from == "demonstrations" else 0
+    seeded = config.data.num_seed_rationales
+    if seeded > len(demonstrations):
+      raise ValueError(f"config.data.num_seed_rationales {seeded}: the data has {len(demonstrations)}")
     # A query whose demonstration does not seed the buffer is still a query.
     unseeded = [Example(e.prompt, None, e.target, e.answer) for e in demonstrations[seeded:]]
     unseeded += [Example(e.prompt, None, e.target, e.answer) for e in map(to_example, self._load("train"))]

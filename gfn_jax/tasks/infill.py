@@ -53,7 +53,7 @@ class InfillTask(Task):
     self.examples = examples[c.num_validation :]
     if not self.examples:
       raise ValueError(f"config.infill.num_validation {c.num_validation}: there are {len(examples)} training stories")
-    self.num_seeded = len(self.examples) if config.replay.seed_from == "demonstrations" else 0
+    self.num_seeded = len(self.examples)
     self.stop_token_id = self.stop_of_targets(config.sampler.stop_at_eos)
     # A sentence has one full stop: a token that holds one with something else would end it unseen.
     texts = [self.decode([i]) for i in range(vocab_size)]

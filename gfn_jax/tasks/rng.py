@@ -163,6 +163,8 @@ class RngTask(Task):
       raise ValueError(f"model {config.model.name!r} does not write the numbers {c.low}..{c.high} apart")
     # A token of V is wrong behind each beginning: all of these together have exp(-14), about 1e-6, of the target.
     wrong = vocab_size * len(beginnings(self._numbers))
+    if c.penalty is not None and c.penalty < 0:
+      raise ValueError(f"config.rng.penalty is {c.penalty:g}: must not be negative, since no number would be best")
     self._penalty = math.log(wrong) + 14 if c.penalty is None else c.penalty
     self._query = self.example_of(self.prompt)
     self.examples = [self._query]

@@ -54,10 +54,6 @@ class SubjTask(Task):
     self._labelled = subj.labelled_subset(train, config.subj.num_labels, config.subj.label_seed)
     self.demonstrations = [to_example(r) for r in self._labelled]
     self.examples = list(self.demonstrations)
-    if config.reward.num_demonstrations > len(self.examples):
-      raise ValueError(
-        f"config.reward.num_demonstrations {config.reward.num_demonstrations}: there are {len(self.examples)} labels"
-      )
     if config.method == "sft":
       self.stop_token_id = self.find_stop(None)
       self.examples = self._to_learn(config.em)
