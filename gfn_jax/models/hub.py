@@ -1,10 +1,12 @@
-"""Where a model's files are: in the package, in a local folder, in a .gguf file, or on the Hugging Face hub."""
+"""Where a model's files are: in this package or another, in a folder, in a .gguf file, or on the Hugging Face hub."""
 
 import importlib.resources
+import importlib.util
 import os
 import pathlib
 
-EMBEDDED_PREFIX = "embedded/"  # models that ship with the package
+EMBEDDED_PREFIX = "embedded/"  # models that ship with this package
+INSTALLED_PREFIX = "installed/"  # models that are in other packages, of which no code is run
 
 _TEXTS = ["README.md", "*.json", "*.txt", "*.model", "*.jinja"]
 # In this order; the first that a repository has is taken, so that nothing is fetched twice in two formats.
@@ -16,9 +18,9 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
   """A folder with the model's files, or its .gguf file.
 
   Args:
-    name: "embedded/NAME", a local folder, a local .gguf file, a hub id (owner/name), or a .gguf file of a hub
-      repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's own: HF_HOME,
-      HF_HUB_OFFLINE, HF_TOKEN.
+    name: "embedded/NAME", "installed/PACKAGE", a local folder, a local .gguf file, a hub id (owner/name), or a .gguf
+      file of a hub repository (owner/name/file.gguf). The hub's cache, offline mode and token are huggingface_hub's
+      own: HF_HOME, HF_HUB_OFFLINE, HF_TOKEN.
     revision: of a hub repository: a branch, a tag or a commit; None for its main branch.
     weights: False fetches none from the hub, unless a .gguf file is named, which is whole or not there.
 
@@ -34,6 +36,8 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
       have = ", ".join(sorted(shipped)) or "none"
       raise ValueError(f"model {name!r} does not ship with this package: choose from {have}")
     return shipped[name]
+  if name.startswith(INSTALLED_PREFIX):
+    return _installed(name)
   path = pathlib.Path(name)
   if (name and path.is_dir()) or (path.is_file() and path.suffix == ".gguf"):
     return path
@@ -44,6 +48,17 @@ def find_model(name: str | os.PathLike, revision: str | None = None, *, weights:
   if not repository or owner in ("", ".", "..", "~") or (file and ("/" in file or not file.endswith(".gguf"))):
     raise ValueError(f"model {name!r} is no folder, no .gguf file, and no hub id (owner/name) either")
   return _fetch(f"{owner}/{repository}", file, revision, weights)
+
+
+def _installed(name: str) -> pathlib.Path:
+  package = name.removeprefix(INSTALLED_PREFIX)
+  spec = importlib.util.find_spec(package) if package.isidentifier() else None
+  folders = (spec.submodule_search_locations if spec else None) or []
+  files = [f for folder in folders for f in sorted(pathlib.Path(folder).rglob("*"))]
+  found = [f for f in files if f.suffix == ".gguf"] + [f.parent for f in files if f.name == "model.safetensors"]
+  if not found:
+    raise ValueError(f"model {name!r}: no package {package!r} with a .gguf file or a model.safetensors is installed")
+  return found[0]
 
 
 def _fetch(repository: str, file: str, revision: str | None, weights: bool) -> pathlib.Path:
