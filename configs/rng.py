@@ -52,7 +52,7 @@ def get_config(variant: str = ""):
   # Results).
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.5
-  config.replay.capacity, config.replay.similarity = 128, 0.0
+  config.replay.capacity, config.replay.similarity = 101, 0.0  # as many as there are numbers: the others leave it
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
   config.replay.prioritized, config.replay.better_prefixes = False, True
