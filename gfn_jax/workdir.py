@@ -14,6 +14,7 @@ import ml_collections
 
 from gfn_jax import distributed
 from gfn_jax.config import first_difference, flatten, num_micro_batches
+from gfn_jax.data import num_by_behavior
 from gfn_jax.files import Path, is_remote, reason, to_path, write_text
 from gfn_jax.files import finished_steps as finished_steps
 from gfn_jax.losses import PREFIX_LOSSES
@@ -187,8 +188,9 @@ def plan(
   c, m = config, pretrained.config
   rows = c.train.num_queries * c.sampler.num_samples
   micro_batches = num_micro_batches(c, len(devices) // c.mesh.model)
-  r, objective = c.reward, c.method
+  r, objective, behaviors = c.reward, c.method, ""
   if c.method == "gfn":
+    behaviors = " ({} replayed, {} tempered)".format(*num_by_behavior(c.behavior, c.train.num_queries))
     some = f" of {n} prefixes a sample" if (n := c.loss.num_prefixes) and c.loss.name in PREFIX_LOSSES else ""
     objective = f"{c.loss.name}{some}, reward temperature {r.temperature_start:g} to {r.temperature_end:g} "
     objective += f"over {r.temperature_horizon} steps"
@@ -199,8 +201,8 @@ def plan(
     f"model     {pretrained.source} ({m.family}, {count(pretrained.params):,} parameters, {precision})",
     f"trained   {count(trained):,} parameters (LoRA rank {c.lora.rank} on {', '.join(c.lora.targets)})",
     f"devices   {len(devices)} x {devices[0].device_kind}{shared}",
-    f"batch     {c.train.num_queries} queries x {c.sampler.num_samples} samples = {rows} trajectories a step, "
-    f"{micro_batches} micro-batch{'es' if micro_batches > 1 else ''} a device",
+    f"batch     {c.train.num_queries} queries{behaviors} x {c.sampler.num_samples} samples = {rows} trajectories a "
+    f"step, {micro_batches} micro-batch{'es' if micro_batches > 1 else ''} a device",
     f"objective {objective}",
     f"steps     {first_step} of {c.train.num_steps} made; everything goes to {workdir}",
   ])  # fmt: skip

@@ -106,7 +106,7 @@ def test_a_person_sees_the_plan_the_steps_and_the_table(smoke):
   workdir, out = smoke
   lines = out.splitlines()
   assert lines[0].startswith("model     embedded/arith-2m (gptj, 1,9")
-  batch = "batch     4 queries x 4 samples = 16 trajectories"
+  batch = "batch     4 queries (1 replayed, 2 tempered) x 4 samples = 16 trajectories"
   for begin in ("trained", "devices   1 x cpu", batch, "objective subtb", "steps     0"):
     assert any(line.startswith(begin) for line in lines[:6]), begin
   for step in range(1, NUM_STEPS + 1):  # without a terminal: a line a logged step
