@@ -3,7 +3,6 @@
     python -m gfn_jax.main --config=configs/rng.py                  # SmolLM2-135M-Instruct, 0 to 100, uniform
     python -m gfn_jax.main --config=configs/rng.py:smoke            # embedded LM, 0 to 20; what the tests run
     python -m gfn_jax.main --config=configs/rng.py:paper            # instruct GPT-J 6B
-    python -m gfn_jax.main --config=configs/rng.py --config.method=sft --config.replay.seed_from=demonstrations
     python -m launch.sweep --config=configs/rng.py --name=fig2
 
 Other targets: --config.rng.target=poisson --config.rng.parameter=30, binomial, geometric, or a table of weights.
@@ -52,7 +51,9 @@ def get_config(variant: str = ""):
   # Results).
   config.train.num_queries, config.behavior.buffer, config.behavior.tempered = 4, 0.5, 0.25
   config.behavior.temperature_low, config.behavior.temperature_high = 1.0, 1.5
-  config.replay.capacity, config.replay.similarity = 101, 0.0  # as many as there are numbers: the others leave it
+  # As many places as there are numbers: what is none leaves it.
+  config.replay.capacity = config.rng.get_ref("high") - config.rng.get_ref("low") + 1
+  config.replay.similarity = 0.0
   # Each number is at first met as the beginning of what goes on behind it, far too seldom as a sample: a run that finds
   # 100 alone would never learn of others.
   config.replay.prioritized, config.replay.better_prefixes = False, True
@@ -86,16 +87,15 @@ def get_config(variant: str = ""):
     config.replay.seed_from = "nothing"
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
-  config.eval.max_length = config.sampler.max_length
+  config.eval.max_length = config.sampler.get_ref("max_length") + 0  # whatever that is set to
   return config
 
 
 def sweep(name: str, variant: str = "") -> list[tuple[str, dict]]:
   """The variant and the fields of each run of a sweep. Raises ValueError for an unknown one."""
   del variant  # of this config, at which the fields are the same
-  methods = ({"method": "gfn"}, {"method": "sft", "replay.seed_from": "demonstrations"}, {"method": "ppo"})
   sweeps = {
-    "fig2": [("", method | fields) for method in methods for fields in grid({"seed": SEEDS})],
+    "fig2": [("", fields) for fields in grid({"method": ("gfn", "sft", "ppo"), "seed": SEEDS})],
   }
   if name not in sweeps:
     raise ValueError(f"sweep {name!r} is unknown: choose from {', '.join(sweeps)}")

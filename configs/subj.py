@@ -74,7 +74,6 @@ def get_config(variant: str = ""):
 
   if variant.endswith("sft"):
     config.method, config.em.num_rounds = "sft", 0
-    config.replay.seed_from = "demonstrations"
     config.train.num_queries, config.train.learning_rate, config.sampler.max_length = 8, 1e-4, 8
     config.train.num_steps, config.sampler.num_samples = 50, 8
     if variant == "paper_sft":  # 256 rows; the paper reports the better of the rates 1e-3 and 1e-4

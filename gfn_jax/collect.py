@@ -46,11 +46,13 @@ def scored_prefixes(
   return terminable & (order.argsort(axis=1).argsort(axis=1) < num_prefixes)
 
 
-def better_prefixes(log_reward: Float[np.ndarray, "B S"], length: Int[np.ndarray, "B"]) -> Bool[np.ndarray, "B S"]:
-  """The prefixes of each row with a higher log R than the whole has; the whole where there are none. NaN is none."""
-  whole = np.arange(log_reward.shape[1]) == length[:, None]
+def better_prefixes(
+  log_reward: Float[np.ndarray, "B S"], length: Int[np.ndarray, "B"], min_length: int
+) -> Bool[np.ndarray, "B S"]:
+  """Of each row the whole, and its prefixes of `min_length` tokens or more with a higher log R. NaN is none."""
+  prefixes = np.arange(log_reward.shape[1])
   better = log_reward > np.take_along_axis(log_reward, length[:, None], axis=1)
-  return np.where(better.any(axis=1, keepdims=True), better, whole)
+  return (prefixes == length[:, None]) | (better & (prefixes >= min_length))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,8 @@ class Collector:
       "max_length": config.sampler.max_length,
     }
     self.replay = ReplayBuffer(**self._replay_settings)
-    self.num_seeded = task.num_seeded if config.replay.seed_from == "demonstrations" else 0
+    by_demonstrations = config.method == "sft" or config.replay.seed_from == "demonstrations"
+    self.num_seeded = task.num_seeded if by_demonstrations else 0
     self.weights = np.full(len(task.examples), config.data.unseeded_weight, np.float64)
     self.weights[: self.num_seeded] = config.data.seeded_weight
     drawable, wanted = int((self.weights > 0).sum()), config.train.num_queries
@@ -129,6 +132,9 @@ class Collector:
     """
     if self._config.replay.seed_from in ("inverse_prompt", "samples"):
       return self._seed_by_sampling(on_round)
+    return self._seed_by_demonstrations()
+
+  def _seed_by_demonstrations(self) -> str:
     max_length, seeded = self._config.sampler.max_length, self._task.examples[: self.num_seeded]
     found = [(i, self._task.rationale_tokens(e, max_length)) for i, e in enumerate(seeded)]
     found = [(i, *z) for i, z in found if z is not None]
@@ -169,10 +175,10 @@ class Collector:
     return f"{len(self.replay)} rationales of {len(rows)} by the base" if len(rows) else ""
 
   def _keep(self, ids: np.ndarray, z: Trajectory, log_reward: np.ndarray, rows: np.ndarray) -> None:
-    """Adds the `rows` of N samples of each query to the buffer, or instead what they begin with and is worth more."""
+    """Adds the `rows` of N samples of each query to the buffer, perhaps with what they begin with and is worth more."""
     ends, query_of = z.length[rows], rows // (len(z.length) // len(ids))
     if self._better_prefixes:
-      found, ends = np.nonzero(better_prefixes(log_reward[rows], ends))
+      found, ends = np.nonzero(better_prefixes(log_reward[rows], ends, self._config.sampler.min_length))
       rows, query_of = rows[found], query_of[found]
     for j, q in enumerate(ids):
       at = query_of == j
@@ -289,7 +295,8 @@ class DemonstrationCollector(Collector):
 
   def seed_replay(self, on_round: Callable[[], None] | None = None) -> str:
     """The demonstrations that fit. Raises ValueError where no demonstration is left to learn from."""
-    said = super().seed_replay(on_round)
+    del on_round
+    said = self._seed_by_demonstrations()
     if not len(self.replay):
       raise ValueError(
         f"config.method 'sft' learns from demonstrations, and of the data's {self.num_seeded} none has at most "

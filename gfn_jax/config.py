@@ -98,7 +98,7 @@ def base_config() -> ml_collections.ConfigDict:
     }),
     "replay": c({"capacity": 50, "similarity": 0.25, "prioritized": True, "seed_from": "demonstrations",
       "num_seed_samples": 20,  # of each query, of "inverse_prompt" and "samples"
-      "better_prefixes": False}),  # what a sample begins with and is worth more than it is in the buffer in its place
+      "better_prefixes": False}),  # what a sample begins with and is worth more goes into the buffer, too
     "train": c({
       "num_steps": 250,
       "num_queries": 8,  # of a step, over all devices
@@ -320,10 +320,6 @@ def validate(config: ml_collections.ConfigDict, num_devices: int) -> None:
   _require(
     not who or s.num_samples > 1,
     f"config.sampler.num_samples {s.num_samples}: {who} compares the samples of a query, and needs at least 2",
-  )
-  _require(
-    config.method != "sft" or config.replay.seed_from == "demonstrations",
-    f"config.replay.seed_from {config.replay.seed_from!r}: method 'sft' learns from 'demonstrations'",
   )
   _require(
     not config.em.num_rounds or config.method == "gfn",

@@ -44,7 +44,8 @@ class StepPlan:
 
 def num_by_behavior(behavior, num_queries: int) -> tuple[int, int]:
   """How many of a step's queries are (replayed, sampled from the tempered policy)."""
-  return round(behavior.buffer * num_queries), round(behavior.tempered * num_queries)
+  replayed = round(behavior.buffer * num_queries)
+  return replayed, min(round(behavior.tempered * num_queries), num_queries - replayed)
 
 
 def num_sampled(behavior, num_queries: int) -> int:

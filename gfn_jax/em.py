@@ -58,7 +58,6 @@ def m_step(config: ml_collections.ConfigDict, rationales: Path, max_length: int)
     step.train.keep, step.train.patience, step.eval.num_validation = "last", 0, 0
     step.train.max_staleness = 0
     step.eval.baselines, step.eval.evaluators, step.eval.test_evaluators = False, (), ()
-    step.replay.seed_from = "demonstrations"
   return step
 
 
@@ -153,13 +152,15 @@ def _run(config: ml_collections.ConfigDict, workdir: str | os.PathLike, preempti
     print(f"{workdir}: finished already; results in {workdir / 'results.json'}")
     return 0
   _require_same_steps(config, workdir)
-  contract.write_config(workdir, config, devices)
   adapter, results = None, {}
   for index in range(config.em.num_rounds):
     folder = workdir / f"round{index}"
     print(f"round {index + 1} of {config.em.num_rounds}, E-step", flush=True)
     expectation = e_step(config, adapter)
-    if code := train(expectation.lock(), folder / "e", preemption):
+    code = train(expectation.lock(), folder / "e", preemption)
+    if not index:  # behind all that a slip can show in
+      contract.write_config(workdir, config, devices)
+    if code:
       return code
     sampler = folder / "e" / "adapter"
     rationales = folder / "rationales.jsonl"

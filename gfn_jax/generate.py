@@ -97,8 +97,9 @@ def main() -> int:
   examples = examples or [e for kind in task.validation_examples(1).values() for e in kind]
   if not examples:
     raise ValueError(f"--prompt is missing: the task {task.name!r} has no validation problems")
-  if any(e.target for e in task.examples) and not any(e.target for e in examples):
-    reward = None  # of a prompt without a Y it would be another reward than the task's
+  rewarded = any(e.target or e.reward_prompt is not None for e in task.examples)
+  if f.prompt and rewarded and not any(e.target for e in examples):
+    reward = None  # of a prompt alone it would be another reward than the task's
   sampler = task.make_sampler(
     pretrained, max_length=max_length, min_length=min_length, top_k=f.top_k, top_p=f.top_p, devices=devices
   )

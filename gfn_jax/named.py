@@ -7,6 +7,16 @@ import traceback
 from typing import Any
 
 
+def _import(module: str) -> Any:
+  """A module; one of `configs` that is not in the working directory is that which ships with the package."""
+  try:
+    return importlib.import_module(module)
+  except ModuleNotFoundError as e:
+    if e.name not in ("configs", module) or not module.startswith("configs."):
+      raise
+    return importlib.import_module(f"gfn_jax.{module}")
+
+
 def load_named(name: str) -> Any:
   """What "package.module:name" or "path/to/file.py:name" names.
 
@@ -25,8 +35,7 @@ def load_named(name: str) -> Any:
       module = importlib.util.module_from_spec(spec)
       spec.loader.exec_module(module)
     else:
-      shipped = where.startswith("configs.") and importlib.util.find_spec("configs") is None
-      module = importlib.import_module(f"gfn_jax.{where}" if shipped else where)
+      module = _import(where)
   except ValueError:
     raise
   except ImportError as e:

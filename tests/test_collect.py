@@ -20,7 +20,8 @@ MAX_LENGTH, KEY = 4, jax.random.key(0)
 def make_collector(prompts, rows, config=None, kind=DemonstrationCollector):
   """Demonstration i is the single token i, behind prompts[i]."""
   config = config or base_config()
-  config.method, config.train.num_queries, config.sampler.num_samples = "sft", rows, 1
+  config.method = "sft" if kind is DemonstrationCollector else "gfn"
+  config.train.num_queries, config.sampler.num_samples = rows, 1
   config.sampler.max_length = MAX_LENGTH
   examples = [Example(p, str(i), "", "") for i, p in enumerate(prompts)]
   task = SimpleNamespace(
@@ -166,8 +167,11 @@ def test_the_prefixes_that_are_worth_more_than_the_sample():
     [-3.0, -1.0, nan, -1.5, -2.0, nan], [-2.0, nan, nan, -1.5, nan, nan], [-4.0, *[nan] * 5], [-2.0, -2.0, *[nan] * 4],
     [-1.0, nan, *[nan] * 4],
   ])  # fmt: skip
-  found = better_prefixes(log_reward, np.array([4, 3, 0, 1, 1]))  # the last one's whole has no reward
-  np.testing.assert_array_equal(np.argwhere(found), [[0, 1], [0, 3], [1, 3], [2, 0], [3, 1], [4, 1]])
+  length = np.array([4, 3, 0, 1, 1])  # the last one's whole has no reward
+  found = np.argwhere(better_prefixes(log_reward, length, 0)).tolist()
+  assert found == [[0, 1], [0, 3], [0, 4], [1, 3], [2, 0], [3, 1], [4, 1]]
+  found = np.argwhere(better_prefixes(log_reward, length, 2)).tolist()
+  assert found == [[0, 3], [0, 4], [1, 3], [2, 0], [3, 1], [4, 1]]
 
 
 @pytest.mark.parametrize("better", [False, True])
@@ -178,12 +182,12 @@ def test_what_of_a_sample_goes_into_the_buffer(better):
   batch, _ = collector({"lora": Lora({}, LoraConfig(1, 1.0, ()))}, 0, KEY)
   assert (batch.length == 4).all()  # what has just been sampled is learned whole
   kept = collector.replay.to_arrays()
-  assert (kept["length"] == (2 if better else 4)).all()
+  assert sorted(kept["length"]) == [2] * 6 * better + [4] * 6
   whole = {tuple(tokens[:2]): tokens for tokens in batch.tokens.tolist()}
-  for tokens, log_reward in zip(kept["tokens"], kept["log_reward"]):
+  for tokens, length, log_reward in zip(kept["tokens"], kept["length"], kept["log_reward"]):
     row = whole[tuple(tokens[:2])]
-    np.testing.assert_array_equal(tokens, [*row[:2], 0, 0, 0] if better else [*row[:4], 0])
-    assert log_reward[2 if better else 4] == row[0] - (0 if better else 2)
+    np.testing.assert_array_equal(tokens, [*row[:length], *[0] * (5 - length)])
+    assert log_reward[length] == row[0] + BY_LENGTH[length]
 
 
 @pytest.mark.parametrize("better", [False, True])
@@ -192,11 +196,11 @@ def test_the_bases_samples_fill_the_buffer_before_the_first_step(better):
   fields = {"loss.name": "tb", "replay.better_prefixes": better, "replay.seed_from": "samples"}
   fields |= {"replay.num_seed_samples": 7}
   collector = make_step_collector(fields, lambda tokens: tokens[:, :1] + np.array(BY_LENGTH))
-  assert collector.seed_replay() == "14 rationales of 14 by the base"
+  assert collector.seed_replay() == f"{28 if better else 14} rationales of 14 by the base"
   kept = collector.replay.to_arrays()
-  np.testing.assert_array_equal(kept["query_ids"], np.repeat([0, 1], 7))
-  assert (kept["length"] == (2 if better else 4)).all()
-  scores = kept["tokens"][:, 0] - (0 if better else 2)
+  np.testing.assert_array_equal(kept["query_ids"], np.repeat([0, 1], 14 if better else 7))
+  assert sorted(kept["length"]) == [2] * 14 * better + [4] * 14
+  scores = kept["tokens"][:, 0] + np.array(BY_LENGTH)[kept["length"]]
   np.testing.assert_array_equal(np.take_along_axis(kept["log_reward"], kept["length"][:, None], 1)[:, 0], scores)
 
 

@@ -66,7 +66,6 @@ BAD_FIELDS = [
   ({"eval__split": "train"}, 1, ["config.eval.split", "'train'", "test, validation"]),
   ({"loss__name": "vargrad", "sampler__num_samples": 1}, 1, ["sampler.num_samples 1", "'vargrad'", "at least 2"]),
   ({"em__num_rounds": 1, "method": "sft"}, 1, ["config.em.num_rounds", "'sft'", "must be 0"]),
-  ({"method": "sft", "replay__seed_from": "inverse_prompt"}, 1, ["config.replay.seed_from 'inverse_prompt'", "'sft'"]),
   ({"eval__num_validation": -1}, 1, ["config.eval.num_validation", "-1"]),
   ({"eval__temperature": 0.0}, 1, ["config.eval.temperature", "0.0"]),
   ({"eval__temperature": 1e-9}, 1, ["config.eval.temperature", "1e-09", "between 1e-6 and 1e6"]),

@@ -99,3 +99,7 @@ def test_a_prompt_begins_with_the_start_tokens():
   assert [row[mask].tolist() for row, mask in zip(table.prompt_tokens, table.prompt_mask)] == [[1, 97, 98], [1, 99]]
   kept = without_start(table.prompt_mask, 1)
   assert [row[mask].tolist() for row, mask in zip(table.prompt_tokens, kept)] == [[97, 98], [99]]
+
+
+def test_shares_that_are_rounded_up_are_no_more_than_all():
+  assert data.num_by_behavior(ml_collections.ConfigDict({"buffer": 0.5, "tempered": 0.5}), 3) == (2, 1)

@@ -186,3 +186,13 @@ def test_rounds_of_other_steps_are_not_mixed(tmp_path):
     em._require_same_steps(config, tmp_path)
   config.train.num_steps -= 1
   em._require_same_steps(config, tmp_path)
+
+
+def test_a_slip_in_the_first_step_of_a_round_can_be_mended(tmp_path):
+  import importlib
+
+  config = importlib.import_module("configs.subj").get_config("smoke")
+  config.model.name, config.data.dir = str(tmp_path / "no_model"), str(tmp_path / "tfds")
+  with pytest.raises(ValueError, match="no_model"):
+    em.run(config.lock(), tmp_path / "run")
+  assert not list((tmp_path / "run").rglob("config.json"))

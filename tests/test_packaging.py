@@ -70,7 +70,8 @@ def test_the_main_job_runs_from_another_folder(wheel, tmp_path):
     cwd=elsewhere, env=env,
   )  # fmt: skip
   assert "embedded/arith-2m" in out
-  named = "from gfn_jax.named import load_named as f; print(f('configs.six_words:SixWordsTask').__module__)"
-  assert check(python, "-c", named, cwd=elsewhere, env=env).strip() == "gfn_jax.configs.six_words"
   assert (elsewhere / "runs" / "arith-smoke" / "results.json").is_file()
   assert sorted(p.name for p in elsewhere.iterdir()) == ["runs"]
+  (elsewhere / "configs").mkdir()  # of a user's own
+  named = "from gfn_jax.named import load_named as f; print(f('configs.six_words:SixWordsTask').__module__)"
+  assert check(python, "-c", named, cwd=elsewhere, env=env).strip() == "gfn_jax.configs.six_words"

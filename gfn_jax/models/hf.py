@@ -194,7 +194,7 @@ def load_pretrained(
   quantization: str | None = None,
   shardings: Shardings | None = None,
 ) -> Pretrained:
-  """Loads a base model from a hub id, a local folder, a .gguf file, or the package itself ("embedded/arith-2m").
+  """Loads a base model from a hub id, a local folder, a .gguf file, or a package ("embedded/arith-2m").
 
   Args:
     path_or_repo: a name as `hub.find_model` takes it; a folder holds config.json and safetensors or Flax msgpack.
