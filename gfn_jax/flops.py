@@ -20,9 +20,6 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.lora import LoraConfig
 
-# A CPU compiles in every run. Further programs pay there for models of which a token costs so many FLOPs.
-WORTH_COMPILING = 1e8
-
 _ATTENTION = ("q", "k", "v", "qkv")
 _MLP = ("gate", "up", "down")
 
@@ -54,11 +51,6 @@ def forward_flops(model: ModelConfig, lora: LoraConfig | None, *, tokens: float,
   """
   layer = _kernels(model) + _adapters(model, lora) + _attention(model, keys)
   return 2 * (tokens * model.num_layers * layer + outputs * model.hidden_size * model.vocab_size)
-
-
-def is_costly(model: ModelConfig) -> bool:
-  """Whether a token costs at least `WORTH_COMPILING`."""
-  return forward_flops(model, None, tokens=1, keys=0, outputs=1) >= WORTH_COMPILING
 
 
 def backward_flops(

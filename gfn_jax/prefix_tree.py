@@ -44,11 +44,9 @@ PADDING = Padding(branches=8, fewest_branches=8, tokens_of_call=8192, bin_by_bin
 PADDING_ON_CPU = Padding(branches=2, fewest_branches=32, tokens_of_call=256, bin_by_bin=True)
 
 
-def padding_of(platform: str, costly: bool = False) -> Padding:
-  """How calls of a platform's devices are padded; on CPUs with branches more finely where a token is `costly`."""
-  if platform != "cpu":
-    return PADDING
-  return dataclasses.replace(PADDING_ON_CPU, branches=4) if costly else PADDING_ON_CPU
+def padding_of(platform: str) -> Padding:
+  """How calls of a platform's devices are padded."""
+  return PADDING_ON_CPU if platform == "cpu" else PADDING
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,6 @@ from jaxtyping import Bool, Float, Int
 import numpy as np
 
 from gfn_jax import distributed
-from gfn_jax.flops import is_costly
 from gfn_jax.models import Lora, Pretrained
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
@@ -126,7 +125,7 @@ class RewardModel:
     self._config, self._lora = pretrained.config, lora
     self._params = pretrained.params if params is None else params
     self._devices = list(devices or jax.local_devices()[:1])
-    self._padding = padding_of(platform_of(self._devices), is_costly(self._config))
+    self._padding = padding_of(platform_of(self._devices))
     self._num_replaced = num_replaced if len(context) else 0
     self._allowed = None if allowed_tokens is None else jnp.asarray(allowed_tokens)
     encode, self._score = _compiled(self._config, stop_token_id, tuple(self._devices))

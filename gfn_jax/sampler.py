@@ -18,7 +18,7 @@ import numpy as np
 
 from gfn_jax import distributed
 from gfn_jax.draws import check_behavior, draw_index, filter_tokens
-from gfn_jax.flops import is_costly
+from gfn_jax.flops import forward_flops
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
@@ -32,8 +32,8 @@ FREE = -1  # in `forced`: the policy chooses
 # their own wait for the slowest at the end of each round: theirs are to be few.
 PATIENCE, PATIENCE_OF_MANY = 1 / 8, 1.0
 # On CPUs, which are slower with every row, rows go on with fewer beside them when no more than these shares of all are
-# active. Each share is a loop, which takes seconds to compile: for costly models.
-SHARES = (1 / 2, 1 / 8)
+# active. Each share is a loop, which takes seconds to compile: a token of a row must cost so many FLOPs.
+SHARES, WORTH_COMPILING = (1 / 2, 1 / 8), 1e8
 ROWS_PER_CALL = 1280  # of a process in `Sampler.draw`: bounds the memory of caches and logits
 
 
@@ -98,7 +98,8 @@ def _at(axis: int, rows: jax.Array) -> tuple:
 
 def shares_of(config: ModelConfig, platform: str) -> tuple[float, ...]:
   """Which of `SHARES` a round's loops go down to."""
-  return SHARES if platform == "cpu" and is_costly(config) else ()
+  flops = forward_flops(config, None, tokens=1, keys=0, outputs=1)
+  return SHARES if platform == "cpu" and flops >= WORTH_COMPILING else ()
 
 
 def crowds(num_rows: int, shares: Sequence[float]) -> list[int]:

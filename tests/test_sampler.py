@@ -387,12 +387,12 @@ def draw_on(devices, prompts=PROMPTS):
 ON_GROUPS = """
 import jax
 import numpy as np
-from gfn_jax import flops
+from gfn_jax import sampler
 from gfn_jax.models.partition import tree_shardings
 from gfn_jax.parallel import grouped, mesh_of
 from test_sampler import PROMPTS, make_sampler, pad_left, random_lora, tiny_pretrained
 
-flops.WORTH_COMPILING = 0.0
+sampler.WORTH_COMPILING = 0.0
 pretrained = tiny_pretrained(family="gpt2", seed=5)
 groups = grouped(jax.local_devices(), 2)
 split = jax.device_put(pretrained.params, tree_shardings(pretrained.config, mesh_of(groups), pretrained.params))
@@ -531,7 +531,7 @@ def test_rows_left_among_themselves_draw_what_they_would_among_all(monkeypatch):
 
   assert not shares_of(pretrained.config, "cpu")
   among_all = rows()
-  monkeypatch.setattr("gfn_jax.flops.WORTH_COMPILING", 0.0)
+  monkeypatch.setattr("gfn_jax.sampler.WORTH_COMPILING", 0.0)
   assert not shares_of(pretrained.config, "tpu")
   shares = shares_of(pretrained.config, "cpu")
   assert crowds(60, shares) == [60, 30, 7] and crowds(3, shares) == [3, 1]
