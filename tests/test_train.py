@@ -257,6 +257,7 @@ def test_another_config_in_the_same_workdir_is_refused(smoke, runs):
 def test_a_slip_that_shows_when_the_buffer_is_filled_can_be_mended(tmp_path):
   config = arith.get_config("smoke")
   config.data.dir, config.replay.seed_from = str(tmp_path / "tfds"), "inverse_prompt"
+  config.data.unseeded_weight = 1.0
   with pytest.raises(ValueError, match="the arith task has no inverse prompt"):
     train(config.lock(), tmp_path / "run")
   assert not (tmp_path / "run" / "config.json").exists()
