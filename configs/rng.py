@@ -87,7 +87,8 @@ def get_config(variant: str = ""):
     config.replay.seed_from = "nothing"
     config.train.num_steps = config.train.decay_steps = 2560
     config.eval.num_votes = 512_000
-  config.eval.max_length = config.sampler.get_ref("max_length") + 0  # whatever that is set to
+  # Follows --config.sampler.max_length; the sum makes it a reference of its own, which can be set apart.
+  config.eval.max_length = config.sampler.get_ref("max_length") + 0
   return config
 
 
