@@ -19,7 +19,6 @@ import numpy as np
 from gfn_jax import distributed
 from gfn_jax.draws import check_behavior, draw_index, filter_tokens
 from gfn_jax.flops import forward_flops
-from gfn_jax.models import few_rows
 from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, hidden_states, output_logits
 from gfn_jax.models.lora import Lora
@@ -108,21 +107,18 @@ def crowds(num_rows: int, shares: Sequence[float]) -> list[int]:
   return [num_rows, *(int(share * num_rows) for share in shares if share * num_rows >= 1)]
 
 
-Weights = tuple[Lora | None, dict | None]  # the adapter, or what `few_rows.lay_out` makes of it and the base
-
-
 @dataclasses.dataclass
 class Rollout:
   """Samples on their way: the devices have been given the first round.
 
   Attributes:
     num_queries: Q, of all processes.
-    weights, prefix, temperature, state: what rounds take; q of the queries on each of D devices. All but temperature,
-      which hold much memory, are None once the rollout is finished.
+    lora, prefix, temperature, state: what rounds take; q of the queries on each of D devices. prefix and state, which
+      hold the caches, are None once the rollout is finished.
   """
 
   num_queries: int
-  weights: Weights | None
+  lora: Lora | None
   prefix: Prefix | None
   temperature: np.ndarray
   state: RolloutState | None
@@ -173,7 +169,6 @@ def decode_round(
   shares: Sequence[float],
   params: dict,
   lora: Lora | None,
-  laid_out: dict | None,
   allowed_tokens: Bool[jax.Array, "V"],
   call_tokens: Bool[jax.Array, "V"],
   prefix: Prefix,
@@ -186,9 +181,8 @@ def decode_round(
   Each then has its prompt's keys and values to itself.
   Minimum length, temperature and the two filters change what is sampled, never what is recorded. `some_greedy` says
   that a temperature is 0: whoever needs neither argmax nor filter runs a program without them. `together`: as of
-  `parallel.on_any_share`. `laid_out`: what `few_rows.lay_out` makes of params and adapter, and no `lora` then, or None.
+  `parallel.on_any_share`.
   """
-  params = params | (laid_out or {})
   max_length = state.tokens.shape[-1]
   is_stop = jnp.arange(allowed_tokens.shape[0]) == stop_token_id
 
@@ -285,13 +279,7 @@ def _compiled_round(
     decode_round, config, stop_token_id, min_length, top_k, top_p, some_greedy, together, patience,
     shares_of(config, platform_of(devices)),
   )  # fmt: skip
-  return over_data(part, (None, None, 0, None, None, 0, 0, 0), devices, donate_argnums=(7,))
-
-
-@functools.lru_cache
-def _compiled_lay_out(devices: tuple):
-  """`few_rows.lay_out`, on each device; the last argument, anything of them, is what a map wants."""
-  return over_data(lambda params, lora, _: few_rows.lay_out(params, lora), (None, None, 0), devices)
+  return over_data(part, (None,) * 4 + (0,) * 3, devices, donate_argnums=(6,))
 
 
 class Sampler:
@@ -342,9 +330,6 @@ class Sampler:
     self._num_replaced = num_replaced if len(context) else 0
     self._context_tokens = jnp.asarray(np.asarray(context, np.int32))
     self._encode_context, self._start = _compiled_start(config, max_length, tuple(self.devices))
-    # On CPUs, of models whose rows decode in crowds; kernels of fewer bits would lose some of an adapter's digits.
-    exact = all(x.dtype == jnp.float32 for x in jax.tree.leaves(params)) and not is_split(self.devices)
-    self._worth_layout = exact and bool(shares_of(config, platform_of(self.devices)))
     self._round = functools.partial(
       _compiled_round, config, stop_token_id, min_length, top_k, top_p, devices=tuple(self.devices)
     )
@@ -404,15 +389,14 @@ class Sampler:
     if row_ids is None:
       row_ids = np.arange(queries * num_samples).reshape(queries, num_samples)
     split = lambda x: np.asarray(x)[ids].reshape(devices, per_device, *np.shape(x)[1:])  # noqa: E731
-    weights = self.weights(lora, per_device * num_samples)
     prefix, state = self.prefill(lora, *map(split, (prompt_tokens, prompt_mask, row_ids)), key)
     temperature = split(temperature)
-    return Rollout(queries, weights, prefix, temperature, self.decode(weights, prefix, temperature, state))
+    return Rollout(queries, lora, prefix, temperature, self.decode(lora, prefix, temperature, state))
 
   def finish(self, rollout: Rollout, on_round: Callable[[], None] | None = None) -> Trajectory:
     """The second half: the other rounds, and the samples. A rollout can be finished once."""
-    weights, prefix, state, alone = rollout.weights, rollout.prefix, rollout.state, jax.process_count() == 1
-    rollout.weights = rollout.prefix = rollout.state = None  # whoever still holds the rollout holds none of them
+    prefix, state, alone = rollout.prefix, rollout.state, jax.process_count() == 1
+    rollout.prefix = rollout.state = None  # whoever still holds the rollout holds no caches
     while True:
       if on_round is not None and alone:
         on_round()
@@ -427,7 +411,7 @@ class Sampler:
       }
       # Placed as they were, or the same round would be compiled once more.
       state = state.replace(**{k: jax.device_put(x, getattr(state, k).sharding) for k, x in changed.items()})
-      state = self.decode(weights, prefix, rollout.temperature, state)
+      state = self.decode(rollout.lora, prefix, rollout.temperature, state)
     fields = (state.tokens, state.length, state.action_mask, state.log_pf, state.log_pterm)
     rows = (np.asarray(x).reshape(-1, *x.shape[3:]) for x in fields)
     own, num_samples = distributed.share(rollout.num_queries), waiting.shape[-1]
@@ -436,12 +420,6 @@ class Sampler:
     if on_round is not None and not alone:
       on_round()
     return z
-
-  def weights(self, lora: Lora | None, num_rows: int) -> Weights:
-    """The adapter as rounds of `num_rows` rows a device take it: in a base that is laid out, where that is worth it."""
-    if not self._worth_layout or num_rows > few_rows.MOST_ROWS:
-      return lora, None
-    return None, _compiled_lay_out(tuple(self.devices))(self._params, lora, np.arange(len(self.devices)))
 
   def prefill(
     self,
@@ -457,11 +435,11 @@ class Sampler:
     return self._start(self._params, lora, context, key, prompt_tokens, prompt_mask, row_ids)
 
   def decode(
-    self, weights: Weights, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
+    self, lora: Lora | None, prefix: Prefix, temperature: Float[np.ndarray, "D q"], state: RolloutState
   ) -> RolloutState:
     """One round: until no row is active, or too many wait for the tool. `state` is donated."""
     decode = self._round(bool((temperature == 0).any()))
-    return decode(self._params, *weights, *self._masks, prefix, temperature, state)
+    return decode(self._params, lora, *self._masks, prefix, temperature, state)
 
   def draw(
     self,

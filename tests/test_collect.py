@@ -138,7 +138,7 @@ def make_step_collector(fields, log_reward, asked=None):
     return np.where(wanted, log_reward(tokens), 0).astype(np.float32)
 
   def begin(lora, prompt_tokens, prompt_mask, **_):
-    return Rollout(len(prompt_tokens), (lora, None), None, np.ones(1), None)
+    return Rollout(len(prompt_tokens), lora, None, np.ones(1), None)
 
   def finish(rollout, on_round):
     return sampled(rollout.num_queries * config.sampler.num_samples)

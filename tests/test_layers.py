@@ -45,7 +45,6 @@ PACKAGES = {
     ("architectures",),
     ("hub", "weights", "gguf_families", "gguf_file", "gguf_tokenizer"),
     ("gguf", "lora", "partition"),
-    ("few_rows",),
     ("decoder",),
     ("prefix", "hf"),
     ("bert",),

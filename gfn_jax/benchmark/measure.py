@@ -126,12 +126,11 @@ class PhaseTimer:
   def attached(self) -> Iterator[None]:
     """While it lasts, timed calls stand where the parts' methods would be."""
     parts, collector, watch = self._run.parts, self._run.collector, self._watch
-    sampler, score = parts.sampler, collector.score
-    weights, prefill, decode = sampler.weights, sampler.prefill, sampler.decode
+    prefill, decode, score = parts.sampler.prefill, parts.sampler.decode, collector.score
 
-    def timed_decode(adapted, prefix, temperature, state):
+    def timed_decode(lora, prefix, temperature, state):
       active, length = np.array(state.active), np.array(state.length)  # before the state is donated
-      state = watch("decode", decode, adapted, prefix, temperature, state)
+      state = watch("decode", decode, lora, prefix, temperature, state)
       shares = shares_of(parts.pretrained.config, platform_of(parts.devices))
       watch.calls[-1].trips = work.decode_trips(crowds(active[0].size, shares), active, length, state)
       return state
@@ -142,9 +141,8 @@ class PhaseTimer:
 
     with contextlib.ExitStack() as stack:
       place = lambda *args: stack.enter_context(in_place_of(*args))  # noqa: E731
-      place(sampler, "weights", functools.partial(watch, "prefill", weights))
-      place(sampler, "prefill", functools.partial(watch, "prefill", prefill))
-      place(sampler, "decode", timed_decode)
+      place(parts.sampler, "prefill", functools.partial(watch, "prefill", prefill))
+      place(parts.sampler, "decode", timed_decode)
       place(collector, "score", seen)
       if isinstance(parts.reward, Reward):  # a known reward asks no model
         for model in filter(None, (parts.reward.model, parts.reward.prior)):

@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from gfn_jax.models import few_rows
 from gfn_jax.models.architectures import ACTIVATIONS, ModelConfig
 from gfn_jax.models.lora import Lora, LoraConfig
 from gfn_jax.models.quantization import matmul
@@ -114,11 +113,9 @@ class Projection(nn.Module):
 
   @nn.compact
   def __call__(self, x: Array, deterministic: bool) -> Array:
+    kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype)
     x, lead = x.reshape(-1, x.shape[-1]), x.shape[:-1]  # one contracted axis: its gradient is one plain matrix product
-    if self.has_variable("params", "transposed"):
-      y = few_rows.product(x, self.get_variable("params", "transposed"))
-    else:
-      y = matmul(x, self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.dtype))
+    y = matmul(x, kernel)
     if self.use_bias:
       y = y + self.param("bias", nn.initializers.zeros, (self.features,), self.dtype)
     if self.has_variable("lora", "lora_a"):
@@ -222,26 +219,22 @@ class Decoder(nn.Module):
   lora: LoraConfig | None = None
   unroll: bool = False
   remat: str = "none"
-  laid_out: bool = False  # by `few_rows.lay_out`
 
   def setup(self):
     c = self.config
     self.embed = nn.Embed(c.vocab_size, c.hidden_size, param_dtype=self.dtype, dtype=self.dtype)
     if not c.rotary:
       self.position_embed = nn.Embed(c.max_positions, c.hidden_size, param_dtype=self.dtype, dtype=self.dtype)
-    if self.laid_out:
-      self.layers = [Layer(c, self.dtype, self.lora) for _ in range(c.num_layers)]
-    else:
-      policy = REMATS[self.remat]
-      self.layers = nn.scan(
-        # The last argument, `deterministic`, is static.
-        Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(6,)),
-        variable_axes={"params": 0, "lora": 0},
-        split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
-        length=c.num_layers,
-        unroll=c.num_layers if self.unroll and c.num_layers <= MAX_UNROLLED else 1,
-      )(c, self.dtype, self.lora)
+    policy = REMATS[self.remat]
+    self.layers = nn.scan(
+      # The last argument, `deterministic`, is static.
+      Layer if policy is None else nn.remat(Layer, policy=policy, prevent_cse=False, static_argnums=(6,)),
+      variable_axes={"params": 0, "lora": 0},
+      split_rngs={"params": True, "dropout": True},
+      in_axes=(nn.broadcast, nn.broadcast, 0, nn.broadcast, nn.broadcast),
+      length=c.num_layers,
+      unroll=c.num_layers if self.unroll and c.num_layers <= MAX_UNROLLED else 1,
+    )(c, self.dtype, self.lora)
     self.final_norm = make_norm(c, self.dtype)
     if not c.tied_embeddings:
       self.head_projection = nn.Dense(
@@ -265,21 +258,10 @@ class Decoder(nn.Module):
       near = lambda keys: positions[..., None] - keys < c.sliding_window  # noqa: E731
       masks = tuple(s.mask & near(s.positions) for s in segments)
       self_mask = self_mask & near(positions[..., None, :])
-    if self.laid_out:
-      new = []
-      for i, layer in enumerate(self.layers):
-        x, kv = layer(x, rotary, self_mask, jax.tree.map(lambda kv: kv[i], kvs), masks, deterministic)  # noqa: B023
-        new.append(kv)
-      return self.final_norm(x), jax.tree.map(lambda *kvs: jnp.stack(kvs), *new)
     x, kv = self.layers(x, rotary, self_mask, kvs, masks, deterministic)
     return self.final_norm(x), kv
 
   def head(self, hidden):
-    if self.laid_out:
-      head = self.get_variable("params", "embed" if self.config.tied_embeddings else "head")
-      rows = hidden.reshape(-1, hidden.shape[-1])
-      logits = few_rows.product(rows, head["embedding" if self.config.tied_embeddings else "transposed"])
-      return logits.reshape(*hidden.shape[:-1], -1) + head.get("bias", 0.0)
     if self.config.tied_embeddings:
       return jnp.einsum("...d,vd->...v", hidden, self.embed.embedding, preferred_element_type=jnp.float32)
     return self.head_projection(hidden).astype(jnp.float32)
@@ -311,12 +293,8 @@ def param_dtype(params: dict) -> jnp.dtype:
   return params["embed"]["embedding"].dtype
 
 
-def _bind(config: ModelConfig, params: dict, lora: Lora | None = None, unroll: bool = False, remat: str = "none"):
-  laid_out = isinstance(params["layers"], list)
-  if laid_out:  # named as Linen names a list of modules
-    others = {name: module for name, module in params.items() if name != "layers"}
-    params = others | {f"layers_{i}": layer for i, layer in enumerate(params["layers"])}
-  decoder = Decoder(config, param_dtype(params), lora.config if lora else None, unroll, remat, laid_out)
+def _bind(config: ModelConfig, params: dict, lora: Lora | None, unroll: bool, remat: str):
+  decoder = Decoder(config, param_dtype(params), lora.config if lora else None, unroll, remat)
   return decoder, {"params": params} | ({"lora": lora.params} if lora else {})
 
 
@@ -335,8 +313,7 @@ def hidden_states(
   """Runs the decoder on new tokens.
 
   Args:
-    config, params: the base, frozen. `lora`: the adapter, or None for the base alone (the reference model), and where
-      `few_rows.lay_out` has added it into `params`.
+    config, params: the base, frozen. `lora`: the adapter, or None for the base alone (the reference model).
     tokens, positions: new tokens, and the position each would have in its full sequence.
     self_mask: which new token sees which, broadcastable to [*lead, N, N].
     segments: earlier tokens.
@@ -354,5 +331,4 @@ def hidden_states(
 
 def output_logits(config: ModelConfig, params: dict, hidden: Float[Array, "*lead D"]) -> Float[Array, "*lead V"]:
   """Float32 logits of the next token."""
-  decoder, variables = _bind(config, params)
-  return decoder.apply(variables, hidden, method="head")
+  return Decoder(config, param_dtype(params)).apply({"params": params}, hidden, method="head")

@@ -58,22 +58,15 @@ def merge_lora(pretrained: "Pretrained", lora: Lora) -> "Pretrained":
   Raises:
     ValueError: the base is quantised.
   """
-  for name in lora.params["layers"]:
-    if hasattr(pretrained.params["layers"][name]["kernel"], "qvalue"):
-      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to merge an adapter")
-  layers = merged_layers(pretrained.params["layers"], lora)
-  return dataclasses.replace(pretrained, params={**pretrained.params, "layers": layers})
-
-
-def merged_layers(layers: dict, lora: Lora) -> dict:
-  """The layers of a base that is not quantised, with the adapter in their kernels."""
-  merged = dict(layers)
+  layers = dict(pretrained.params["layers"])
   for name, leaves in lora.params["layers"].items():
     kernel = layers[name]["kernel"]
+    if hasattr(kernel, "qvalue"):
+      raise ValueError(f"{pretrained.source} was loaded quantised: load it without quantization to merge an adapter")
     update = jnp.einsum("lir,lro->lio", leaves["lora_a"], leaves["lora_b"], precision="highest")
-    added = (kernel.astype(jnp.float32) + lora.config.scale * update).astype(kernel.dtype)
-    merged[name] = {**layers[name], "kernel": added}
-  return merged
+    merged = (kernel.astype(jnp.float32) + lora.config.scale * update).astype(kernel.dtype)
+    layers[name] = {**layers[name], "kernel": merged}
+  return dataclasses.replace(pretrained, params={**pretrained.params, "layers": layers})
 
 
 def _peft_name(model: ModelConfig, projection: str, layer: int, leaf: str) -> str:
