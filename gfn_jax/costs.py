@@ -142,7 +142,7 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   trunk, branch = Work(), Work()
   if bins:
     ends = (sum(min(len(x.tree) - p + 1, len(x.rows) * scored) for x in parts) for parts in bins)
-    behind = branches_of_bin(max(ends), PADDING) * (y - 1)  # tokens of a bin's branches
+    behind = branches_of_bin(max(ends)) * (y - 1)  # tokens of a bin's branches
     of_call = bins_of_call(len(bins), 1, max(size, behind), layout.model.vocab_size, PADDING)
     nodes, behind, keys, calls = of_call * size, of_call * behind, lengths.context + size, -(-len(bins) // of_call)
     trunk = run.forward(None, nodes, keys, nodes, cached=lengths.context) * calls

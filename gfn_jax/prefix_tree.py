@@ -7,7 +7,6 @@ prompt once more.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any, NamedTuple
 
 from jaxtyping import Bool, Int
@@ -26,22 +25,20 @@ class Padding:
   """To which sizes calls are padded: each is a program to compile.
 
   Attributes:
-    branches: how many sizes from one power of two to the next; fewest_branches: of a bin.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
-    bin_by_bin: the loss and the rewards go from bin to bin: those that pad the loss cost nothing, and each has branches
-      of its own number. Otherwise several are computed at once, and each is given as many branches.
+    bin_by_bin: the loss goes from bin to bin, and the rewards from one block of branches to the next, of so many as
+      there are: padding costs nothing. Otherwise all are computed at once, each bin with as many branches.
   """
 
-  branches: int
-  fewest_branches: int
   tokens_of_call: int
   bin_by_bin: bool
 
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING = Padding(branches=8, fewest_branches=8, tokens_of_call=8192, bin_by_bin=False)
-PADDING_ON_CPU = Padding(branches=2, fewest_branches=32, tokens_of_call=256, bin_by_bin=True)
+PADDING, PADDING_ON_CPU = Padding(8192, bin_by_bin=False), Padding(256, bin_by_bin=True)
+FEWEST_BRANCHES, BRANCHES_PER_OCTAVE = 8, 8  # of a bin, where all are computed at once
+BLOCK_TOKENS = 192  # of a block of branches, about
 
 
 def padding_of(platform: str) -> Padding:
@@ -137,9 +134,14 @@ def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -
   return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
 
-def branches_of_bin(most: int, padding: Padding) -> int:
-  """How many branches each bin is given, where none needs more than `most`."""
-  return bucket(most, padding.fewest_branches, padding.branches)
+def branches_of_bin(most: int) -> int:
+  """How many branches each bin is given where all are computed at once, and none needs more than `most`."""
+  return bucket(most, FEWEST_BRANCHES, BRANCHES_PER_OCTAVE)
+
+
+def branches_of_block(behind: int) -> int:
+  """How many branches of `behind` tokens each are computed together where they go block by block."""
+  return max(1, BLOCK_TOKENS // max(1, behind))
 
 
 class _Rows:
@@ -232,7 +234,7 @@ def fill_bins(
     prompts: at least one token each. size: as `bin_size` says.
     wanted, behind: the prefixes behind each of which so many tokens will follow. Of up to eight limits of how many of
       them a bin may hold, that is taken with which the bins have the fewest tokens, of nodes and of branches.
-    padding: of the branches.
+    padding: of the branches; where these go block by block, there is no limit.
     whole: all samples of a query stand in one bin, of more than `size` nodes if need be; nothing is wanted then.
   """
   if not prompts:
@@ -242,16 +244,15 @@ def fill_bins(
     wanted = np.zeros((len(tokens), 1), bool)
   rows = [slice(i, i + n) for i in range(0, len(tokens), n)]
   queries = [_Rows(len(p), tokens[r], length[r], wanted[r]) for p, r in zip(prompts, rows)]
-  branches_of = functools.partial(branches_of_bin, padding=padding)
 
   def cut(size: int, most_ends: int) -> _Cut:
     bins, ends = _cut(queries, size, most_ends, whole)
-    branches = map(branches_of, ends) if padding.bin_by_bin else [max(map(branches_of, ends), default=0)] * len(ends)
-    return _Cut(len(bins) * size + behind * sum(branches), size, most_ends, bins)
+    branches = sum(ends) if padding.bin_by_bin else len(ends) * branches_of_bin(max(ends, default=0))
+    return _Cut(len(bins) * size + behind * branches, size, most_ends, bins)
 
   if whole:
     size = max(size, bucket(max(int(q.nodes_from(0)[-1]) for q in queries)))
-  limits = {branches_of(size * k // 8) for k in range(1, 9)} if behind else {size}
+  limits = {size} if padding.bin_by_bin or not behind else {branches_of_bin(size * k // 8) for k in range(1, 9)}
   best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found.num_tokens)
   for eighths in {1: range(1, 8), 2: (6,)}.get(len(best.bins), ()):  # few sizes, which are programs
     again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best.most_ends)

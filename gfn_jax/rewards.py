@@ -8,6 +8,7 @@ to the nodes of its bin, whose size is bounded, so that cost grows linearly with
 
 from collections.abc import Callable, Sequence
 import functools
+import math
 from typing import Any
 
 import jax
@@ -21,7 +22,16 @@ from gfn_jax.models.architectures import ModelConfig
 from gfn_jax.models.decoder import KeyValues, Segment, causal_mask, hidden_states, output_logits
 from gfn_jax.models.prefix import context_segment, encode_context, masked_logits, without_start
 from gfn_jax.parallel import Devices, over_data, platform_of, settled
-from gfn_jax.prefix_tree import Padding, bin_size, branches_of_bin, bucket, fill_bins, padding_of, stack_bins
+from gfn_jax.prefix_tree import (
+  Padding,
+  bin_size,
+  branches_of_bin,
+  branches_of_block,
+  bucket,
+  fill_bins,
+  padding_of,
+  stack_bins,
+)
 from gfn_jax.types import Example, Queries
 
 MAX_LOGITS = 2**26  # floats of one pass's logits, which bound its memory
@@ -46,11 +56,12 @@ def _score_trees(
   positions: jax.Array,  # [G, U], behind the context
   ancestors: jax.Array,  # [G, U, U]
   written: jax.Array,  # [G, U], the nodes of Z; the others are prompts'
-  branches: jax.Array,  # [G, M], the nodes to score
-  target_tokens: jax.Array,  # [G, M, Y], of each
+  branches: jax.Array,  # [G, K, M], the nodes to score, in K blocks
+  target_tokens: jax.Array,  # [G, K, M, Y], of each
   target_mask: jax.Array,
+  num_blocks: jax.Array,  # of K; what stands in the others is not computed
 ) -> tuple[jax.Array, jax.Array]:
-  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), [G, M], for G bins of trees.
+  """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), [G, K, M], for G bins of trees.
 
   Where the target is empty, the stop token (unless it is None) ends the text: its probability joins that of z.
   """
@@ -60,39 +71,49 @@ def _score_trees(
   hidden, kv = hidden_states(config, params, lora, tokens, positions, ancestors, segments)
   trunk_logits = output_logits(config, params, hidden)
   bins = jnp.arange(len(tokens))[:, None]
-
-  # Trunk: a prefix's log-probability is the sum over its way from the root.
   allowed_logits, log_z = masked_logits(trunk_logits, allowed_tokens)
   steps = jnp.where(written, allowed_logits[bins, parents, tokens] - log_z[bins, parents, 0], 0.0)
-  ways = ancestors[bins, branches]  # [G, M, U]
-  log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
-  if stop_token_id is not None:
-    log_p_stop = allowed_logits[..., stop_token_id] - log_z[..., 0]
-    log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_p_stop[bins, branches])
+  log_p_stop = None if stop_token_id is None else allowed_logits[..., stop_token_id] - log_z[..., 0]
+  first_logits, first_log_z = masked_logits(trunk_logits, None)
 
-  # Branches: the trunk predicts a target's first token, the branch the others.
-  first_logits, log_z = masked_logits(trunk_logits, None)
-  first = first_logits[bins, branches, target_tokens[..., 0]] - log_z[bins, branches, 0]
-  log_p_target = jnp.where(target_mask[..., 0], first, 0.0)
-  n = target_tokens.shape[-1] - 1
-  if n > 0:
-    start = positions[bins, branches] + 1
-    segments = [*segments, Segment(kv, ways[:, :, None, :], positions[:, None, None])]
-    # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
-    target_positions = jnp.where(target_mask[..., :-1], start[..., None] + jnp.arange(n), 0)
-    inputs = target_tokens[..., :-1]
-    branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), segments)
-    rest_logits, log_z = masked_logits(output_logits(config, params, branch_hidden), None)
-    rest = (jnp.take_along_axis(rest_logits, target_tokens[..., 1:, None], axis=-1) - log_z)[..., 0]
-    log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
-  return log_p_prefix, log_p_target
+  def score_block(branches: jax.Array, target_tokens: jax.Array, target_mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # Trunk: a prefix's log-probability is the sum over its way from the root.
+    ways = ancestors[bins, branches]  # [G, M, U]
+    log_p_prefix = jnp.where(ways, steps[:, None, :], 0.0).sum(-1)
+    if log_p_stop is not None:
+      log_p_prefix += jnp.where(target_mask[..., 0], 0.0, log_p_stop[bins, branches])
+
+    # Branches: the trunk predicts a target's first token, the branch the others.
+    first = first_logits[bins, branches, target_tokens[..., 0]] - first_log_z[bins, branches, 0]
+    log_p_target = jnp.where(target_mask[..., 0], first, 0.0)
+    n = target_tokens.shape[-1] - 1
+    if n > 0:
+      start = positions[bins, branches] + 1
+      behind = [*segments, Segment(kv, ways[:, :, None, :], positions[:, None, None])]
+      # Padding may reach beyond the last learned position, whose embedding would be NaN, and 0 * NaN spoils attention.
+      target_positions = jnp.where(target_mask[..., :-1], start[..., None] + jnp.arange(n), 0)
+      inputs = target_tokens[..., :-1]
+      branch_hidden, _ = hidden_states(config, params, lora, inputs, target_positions, causal_mask(n), behind)
+      rest_logits, rest_log_z = masked_logits(output_logits(config, params, branch_hidden), None)
+      rest = (jnp.take_along_axis(rest_logits, target_tokens[..., 1:, None], axis=-1) - rest_log_z)[..., 0]
+      log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
+    return log_p_prefix, log_p_target
+
+  def add_block(k: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    block = score_block(branches[:, k], target_tokens[:, k], target_mask[:, k])
+    return jax.tree.map(lambda total, new: total.at[:, k].set(new), found, block)
+
+  zeros = jnp.zeros(branches.shape, jnp.float32)
+  if branches.shape[1] == 1:
+    return add_block(0, (zeros, zeros))
+  return jax.lax.fori_loop(0, num_blocks, add_block, (zeros, zeros))
 
 
 @functools.lru_cache
 def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = settled(jax.jit(functools.partial(encode_context, config)))
-  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 8, devices)
+  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
   return encode, score
 
 
@@ -180,22 +201,29 @@ class RewardModel:
     if not bins:
       return log_p_prefix, log_p_target
 
-    def branches_of(ends: list) -> int:
-      return num_targets * branches_of_bin(max(sum(map(len, of_bin)) for of_bin in ends), self._padding)
+    def blocks_of(ends: list, behind: int) -> tuple[int, int, int]:
+      """K blocks of M branches for each bin, and how many of them hold all that there are."""
+      most = max(sum(map(len, of_bin)) for of_bin in ends)
+      if not self._padding.bin_by_bin:
+        return 1, num_targets * branches_of_bin(most), 1
+      of_block = branches_of_block(behind)
+      return -(-size * num_targets // of_block), of_block, -(-most * num_targets // of_block)
 
-    devices, longest = len(self._devices), max(size, branches_of(ends) * behind)
+    devices, longest = len(self._devices), max(size, blocks_of(ends, behind)[1] * behind)
     per_device = bins_of_call(len(bins), devices, longest, self._config.vocab_size, self._padding)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)
       width = width_of(max(lengths[part.query] for parts in bins[chunk] for part in parts))
+      *shape, num_blocks = blocks_of(ends[chunk], width - 1)
       targets = target_tokens[..., :width], target_mask[..., :width]
-      arrays = self._arrays(bins[chunk], ends[chunk], size, branches_of(ends[chunk]), *targets)
+      arrays = self._arrays(bins[chunk], ends[chunk], size, shape, *targets)
       arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]
-      results = self.score_trees(*(x.reshape(devices, per_device, *x.shape[1:]) for x in arrays))
+      arrays = [x.reshape(devices, per_device, *x.shape[1:]) for x in arrays]
+      results = self.score_trees(*arrays, np.full(devices, num_blocks, np.int32))
       pending.append((bins[chunk], ends[chunk], results))
     for *chunk, results in pending:
-      results = [np.asarray(r).reshape(-1, r.shape[-1]) for r in results]
+      results = [np.asarray(r).reshape(devices * per_device, -1) for r in results]
       for parts, of_bin, prefixes, targets in zip(*chunk, *results):
         first = 0
         for part, nodes in zip(parts, of_bin):
@@ -210,12 +238,12 @@ class RewardModel:
           first = last
     return log_p_prefix, log_p_target
 
-  def _arrays(self, bins, ends, size: int, branches: int, target_tokens, target_mask) -> list[np.ndarray]:
+  def _arrays(self, bins, ends, size: int, blocks: list[int], target_tokens, target_mask) -> list[np.ndarray]:
     """What `_score_trees` takes of some bins: their nodes, and the targets behind the nodes `ends` of their parts."""
     num_targets, width = target_tokens.shape[1:]
     written = np.zeros((len(bins), size), bool)
-    at = np.zeros((len(bins), branches), np.int32)
-    behind_tokens = np.zeros((len(bins), branches, width), np.int32)
+    at = np.zeros((len(bins), math.prod(blocks)), np.int32)
+    behind_tokens = np.zeros((*at.shape, width), np.int32)
     behind_mask = np.zeros(behind_tokens.shape, bool)
     for g, (parts, of_bin) in enumerate(zip(bins, ends)):
       first = 0
@@ -226,10 +254,11 @@ class RewardModel:
         behind_tokens[g, own] = np.tile(target_tokens[part.query], (len(nodes), 1))
         behind_mask[g, own] = np.tile(target_mask[part.query], (len(nodes), 1))
         first = own.stop
-    return [*stack_bins(bins, size), written, at, behind_tokens, behind_mask]
+    behind = (x.reshape(len(bins), *blocks, *x.shape[2:]) for x in (at, behind_tokens, behind_mask))
+    return [*stack_bins(bins, size), written, *behind]
 
   def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
-    """One call: `_score_trees` of bins of trees and targets, [devices, bins, ...]."""
+    """One call: `_score_trees` of bins of trees and targets, [devices, bins, ...], and [devices] of how many blocks."""
     return self._score(self._params, self._lora, self._context, self._allowed, *arrays)
 
 

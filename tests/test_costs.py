@@ -63,9 +63,9 @@ def programs(config, model):
   prefix, state = jax.eval_shape(start, *begin)
   decode = functools.partial(sampler.decode_round, model, 0, 0, None, None, False, False, 1.0, ())
   context = sampler.KeyValues(*[shape(layers, heads, c, dim, dtype=jnp.float32)] * 2)
-  trees = [shape(g, u)] * 3 + [shape(g, u, u, dtype=bool), shape(g, u, dtype=bool), shape(g, m)]
+  trees = [shape(g, u)] * 3 + [shape(g, u, u, dtype=bool), shape(g, u, dtype=bool), shape(g, 1, m)]
   score = functools.partial(rewards._score_trees, model, None)
-  target = [shape(g, m, y), shape(g, m, y, dtype=bool)]
+  target = [shape(g, 1, m, y), shape(g, 1, m, y, dtype=bool), shape()]
   return {
     "prefill": (start, begin, 1),
     "decode": (decode, (params, lora, vocabulary, vocabulary, prefix, shape(q, dtype=jnp.float32), state), t),

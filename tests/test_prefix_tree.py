@@ -1,6 +1,5 @@
 """Prefix trees: each distinct prefix once, every prefix of every sample found again, the same scores as row by row."""
 
-import dataclasses
 import functools
 
 from hypothesis import given, settings
@@ -17,6 +16,7 @@ from gfn_jax.prefix_tree import (
   PADDING_ON_CPU,
   bin_size,
   branches_of_bin,
+  branches_of_block,
   bucket,
   build_tree,
   build_trees,
@@ -119,25 +119,27 @@ def test_samples_that_share_much_stay_together():
 
 
 def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
-  """Of 18 unlike samples of four tokens behind two prompts of one, 72 prefixes: 40 nodes are nine samples."""
-  tokens = np.arange(72, dtype=np.int32).reshape(18, 4)
-  every, whole = (np.tile(np.arange(5) >= least, (18, 1)) for least in (1, 4))
-  fill = functools.partial(fill_bins, [np.array([2])] * 2, tokens, np.full(18, 4), 40)
-  samples = lambda found: [sum(len(part.rows) for part in parts) for parts in found[0]]  # noqa: E731
-  cpu = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8)
-  alike = dataclasses.replace(cpu, bin_by_bin=False)
-  assert [branches_of_bin(n, cpu) for n in (0, 8, 9, 13, 25, 33, 49, 97)] == [8, 8, 12, 16, 32, 48, 64, 128]
-  assert [branches_of_bin(n, PADDING) for n in (17, 33, 129, 177, 193)] == [18, 36, 144, 192, 208]
-  assert samples(fill()) == [9, 9]
-  # 36 prefixes are 48 branches, those of eight samples 32: so 2 * 40 nodes and 96 branches, or 3 * 40 and 72. The
-  # second is less where ten tokens are behind each. So are three bins of 24 each, where all must have as many.
-  assert samples(fill(every, 1, cpu)) == [9, 9]
-  assert samples(fill(every, 10, cpu)) == [8, 8, 2]
-  assert samples(fill(every, 10, alike)) == [6, 6, 6]
-  assert samples(fill(whole, 1, cpu)) == [9, 9]
-  # A sample of more than 8, 12, 16 and 24 is in a bin all the same.
-  long, every = tokens.reshape(1, 72)[:, :30], np.ones((1, 31), bool)
-  assert samples(fill_bins([np.array([2])], long, np.array([30]), 40, every, 100, cpu)) == [1]
+  """Of 15 unlike samples of four tokens behind a prompt of one, 60 prefixes: 40 nodes are nine samples."""
+  tokens = np.arange(60, dtype=np.int32).reshape(15, 4)
+  every, whole = (np.tile(np.arange(5) >= least, (15, 1)) for least in (1, 4))
+  fill = functools.partial(fill_bins, [np.array([2])], tokens, np.full(15, 4), 40)
+  samples = lambda found: [len(part.rows) for parts in found[0] for part in parts]  # noqa: E731
+  assert [branches_of_bin(n) for n in (0, 8, 9, 17, 33, 129, 177, 193)] == [8, 8, 9, 18, 36, 144, 192, 208]
+  assert samples(fill()) == [9, 6]
+  # Where all bins are given as many branches, nine samples and six have 36 each, and three times five have 20: so
+  # 2 * 40 nodes and 72 branches, or 3 * 40 and 60. The second is less where ten tokens are behind each.
+  assert samples(fill(every, 3, PADDING)) == [9, 6]
+  assert samples(fill(every, 10, PADDING)) == [5, 5, 5]
+  assert samples(fill(whole, 10, PADDING)) == [8, 7]  # 16 branches, and not 18
+  # Where they go block by block, a bin has as many as it needs.
+  assert samples(fill(every, 10, PADDING_ON_CPU)) == [9, 6]
+  # A sample of more prefixes than any limit is in a bin all the same.
+  long, every = tokens.reshape(1, 60)[:, :30], np.ones((1, 31), bool)
+  assert samples(fill_bins([np.array([2])], long, np.array([30]), 40, every, 100, PADDING)) == [1]
+
+
+def test_how_many_branches_go_together():
+  assert [branches_of_block(behind) for behind in (0, 1, 6, 100, 192, 1000)] == [192, 192, 32, 1, 1, 1]
 
 
 def test_wanted_prefixes_are_counted_once():

@@ -230,26 +230,60 @@ def test_several_queries(family, min_nodes, padding, monkeypatch):
   np.testing.assert_array_equal(ours[:, ~batch[4]], 0.0)
 
 
+def calls_of(model, monkeypatch):
+  """What `score_trees` is called with from here on."""
+  calls, score = [], model.score_trees
+  monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append(arrays) or score(*arrays))
+  return calls
+
+
 def test_a_call_holds_few_tokens(monkeypatch):
   """Bins of 32 nodes, the longest prompt's four times: 60 branch tokens a call are one bin, 20,000 are all of them."""
   pretrained = tiny_pretrained(seed=4)
   batch = query_batch(pretrained.config.vocab_size, num_samples=30)
   expected = one_by_one(pretrained, [], batch)
   monkeypatch.setattr(prefix_tree, "MIN_NODES", 32)
-  model, calls = RewardModel(pretrained, context=np.zeros(0, np.int32)), []
-  score = model.score_trees
-  monkeypatch.setattr(model, "score_trees", lambda *arrays: calls.append([x.shape for x in arrays]) or score(*arrays))
+  model = RewardModel(pretrained, context=np.zeros(0, np.int32))
+  calls = calls_of(model, monkeypatch)
   for most in (60, 20_000):
-    model._padding = dataclasses.replace(PADDING_ON_CPU, fewest_branches=8, tokens_of_call=most)
+    model._padding = dataclasses.replace(PADDING, tokens_of_call=most)
     np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
-  *single, whole = [trunk for trunk, *_ in calls]
+  *single, whole = [trunk.shape for trunk, *_ in calls]
   assert len(single) > 2 and single == [(1, 1, 32)] * len(single)
   assert whole == (1, bucket(len(single)), 32)
   # Short targets first, each call as wide as its longest, and with as many branches as its fullest bin.
-  *widths, widest = [target[-1] for *_, target, _ in calls]
+  *widths, widest = [target.shape[-1] for *_, target, _, _ in calls]
   assert widths == sorted(widths) and widths[0] == 1 and widths[-1] == widest == 5
-  *branches, most = [target[2] for *_, target, _ in calls]
+  *branches, most = [target.shape[3] for *_, target, _, _ in calls]
   assert len(set(branches)) > 1 and max(branches) == most
+  assert {target.shape[2] for *_, target, _, _ in calls} == {1}
+
+
+@pytest.mark.parametrize("tokens_of_call", (1, 20_000))
+def test_branches_go_block_by_block_as_far_as_there_are_any(tokens_of_call, monkeypatch):
+  pretrained = tiny_pretrained(seed=4)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=30)
+  expected = one_by_one(pretrained, [], batch)
+  monkeypatch.setattr(prefix_tree, "MIN_NODES", 32)
+  monkeypatch.setattr(prefix_tree, "BLOCK_TOKENS", 16)
+  model = RewardModel(pretrained, context=np.zeros(0, np.int32))
+  model._padding = dataclasses.replace(PADDING_ON_CPU, tokens_of_call=tokens_of_call)
+  calls = calls_of(model, monkeypatch)
+  np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
+  numbers = set()
+  for arrays in list(calls):
+    *_, targets, mask, num_blocks = arrays
+    blocks, of_block, width = targets.shape[2:]
+    assert of_block == max(1, 16 // max(1, width - 1)) and blocks * of_block >= 32
+    used = mask.any(-1).any(-1).any((0, 1))  # the blocks in which there is a target
+    assert used[: num_blocks[0]].any() and not used[num_blocks[0] :].any()
+    numbers.add(int(num_blocks[0]))
+    last = num_blocks[0] - 1
+    for all_blocks, fewer in zip(model.score_trees(*arrays), model.score_trees(*arrays[:-1], num_blocks - 1)):
+      np.testing.assert_array_equal(fewer[:, :, :last], all_blocks[:, :, :last])
+      np.testing.assert_array_equal(fewer[:, :, last:], 0.0)  # not computed
+      assert np.any(all_blocks[:, :, last])
+  assert len(numbers) > 1 if tokens_of_call == 1 else len(numbers) == 1
 
 
 def test_no_queries():

@@ -135,6 +135,11 @@ class PhaseTimer:
       watch.calls[-1].trips = work.decode_trips(crowds(active[0].size, shares), active, length, state)
       return state
 
+    def timed_score(score, *args):
+      results = watch("reward", score, *args)
+      watch.calls[-1].trips = (float(args[-1].max()),)  # where it goes from block to block
+      return results
+
     def seen(ids, z, wanted):
       self._fresh = ids, z, wanted
       return score(ids, z, wanted)
@@ -146,7 +151,7 @@ class PhaseTimer:
       place(collector, "score", seen)
       if isinstance(parts.reward, Reward):  # a known reward asks no model
         for model in filter(None, (parts.reward.model, parts.reward.prior)):
-          place(model, "score_trees", functools.partial(watch, "reward", model.score_trees))
+          place(model, "score_trees", functools.partial(timed_score, model.score_trees))
       yield
 
   def _update(self, *args):
