@@ -59,7 +59,7 @@ def _score_trees(
   branches: jax.Array,  # [G, K, M], the nodes to score, in K blocks
   target_tokens: jax.Array,  # [G, K, M, Y], of each
   target_mask: jax.Array,
-  num_blocks: jax.Array,  # of K; what stands in the others is not computed
+  num_blocks: jax.Array,  # the first of K, which alone are computed where there are more than one
 ) -> tuple[jax.Array, jax.Array]:
   """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), [G, K, M], for G bins of trees.
 
@@ -99,21 +99,21 @@ def _score_trees(
       log_p_target += jnp.where(target_mask[..., 1:], rest, 0.0).sum(-1)
     return log_p_prefix, log_p_target
 
-  def add_block(k: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+  def write_block(k: Any, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     block = score_block(branches[:, k], target_tokens[:, k], target_mask[:, k])
-    return jax.tree.map(lambda total, new: total.at[:, k].set(new), found, block)
+    return jax.tree.map(lambda of_all, of_block: of_all.at[:, k].set(of_block), found, block)
 
   zeros = jnp.zeros(branches.shape, jnp.float32)
   if branches.shape[1] == 1:
-    return add_block(0, (zeros, zeros))
-  return jax.lax.fori_loop(0, num_blocks, add_block, (zeros, zeros))
+    return write_block(0, (zeros, zeros))
+  return jax.lax.fori_loop(0, num_blocks, write_block, (zeros, zeros))
 
 
 @functools.lru_cache
 def _compiled(config: ModelConfig, stop_token_id: int | None, devices: tuple):
   """`encode_context` and `_score_trees`, compiled once a shape however many reward models a process makes."""
   encode = settled(jax.jit(functools.partial(encode_context, config)))
-  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 9, devices)
+  score = over_data(functools.partial(_score_trees, config, stop_token_id), (None,) * 4 + (0,) * 8 + (None,), devices)
   return encode, score
 
 
@@ -201,26 +201,27 @@ class RewardModel:
     if not bins:
       return log_p_prefix, log_p_target
 
-    def blocks_of(ends: list, behind: int) -> tuple[int, int, int]:
-      """K blocks of M branches for each bin, and how many of them hold all that there are."""
+    def blocks_of(ends: list, behind: int) -> tuple[tuple[int, int], int]:
+      """(K, M), blocks of branches that each bin is given, and how many of them hold all that there are."""
       most = max(sum(map(len, of_bin)) for of_bin in ends)
       if not self._padding.bin_by_bin:
-        return 1, num_targets * branches_of_bin(most), 1
-      of_block = branches_of_block(behind)
-      return -(-size * num_targets // of_block), of_block, -(-most * num_targets // of_block)
+        return (1, num_targets * branches_of_bin(most)), 1
+      of_block = min(branches_of_block(behind), num_targets * size)
+      return (-(-num_targets * size // of_block), of_block), -(-num_targets * most // of_block)
 
-    devices, longest = len(self._devices), max(size, blocks_of(ends, behind)[1] * behind)
+    (_, of_block), _ = blocks_of(ends, behind)
+    devices, longest = len(self._devices), max(size, of_block * behind)
     per_device = bins_of_call(len(bins), devices, longest, self._config.vocab_size, self._padding)
     pending = []
     for i in range(0, len(bins), devices * per_device):
       chunk = slice(i, i + devices * per_device)
       width = width_of(max(lengths[part.query] for parts in bins[chunk] for part in parts))
-      *shape, num_blocks = blocks_of(ends[chunk], width - 1)
+      blocks, num_blocks = blocks_of(ends[chunk], width - 1)
       targets = target_tokens[..., :width], target_mask[..., :width]
-      arrays = self._arrays(bins[chunk], ends[chunk], size, shape, *targets)
+      arrays = self._arrays(bins[chunk], ends[chunk], size, blocks, *targets)
       arrays = [np.pad(x, ((0, devices * per_device - len(x)), *[(0, 0)] * (x.ndim - 1)), mode="edge") for x in arrays]
       arrays = [x.reshape(devices, per_device, *x.shape[1:]) for x in arrays]
-      results = self.score_trees(*arrays, np.full(devices, num_blocks, np.int32))
+      results = self.score_trees(*arrays, np.int32(num_blocks))
       pending.append((bins[chunk], ends[chunk], results))
     for *chunk, results in pending:
       results = [np.asarray(r).reshape(devices * per_device, -1) for r in results]
@@ -238,7 +239,7 @@ class RewardModel:
           first = last
     return log_p_prefix, log_p_target
 
-  def _arrays(self, bins, ends, size: int, blocks: list[int], target_tokens, target_mask) -> list[np.ndarray]:
+  def _arrays(self, bins, ends, size: int, blocks: tuple[int, int], target_tokens, target_mask) -> list[np.ndarray]:
     """What `_score_trees` takes of some bins: their nodes, and the targets behind the nodes `ends` of their parts."""
     num_targets, width = target_tokens.shape[1:]
     written = np.zeros((len(bins), size), bool)
@@ -258,7 +259,7 @@ class RewardModel:
     return [*stack_bins(bins, size), written, *behind]
 
   def score_trees(self, *arrays: Any) -> tuple[jax.Array, jax.Array]:
-    """One call: `_score_trees` of bins of trees and targets, [devices, bins, ...], and [devices] of how many blocks."""
+    """One call: `_score_trees` of bins of trees and targets, [devices, bins, ...], and how many blocks, on all."""
     return self._score(self._params, self._lora, self._context, self._allowed, *arrays)
 
 

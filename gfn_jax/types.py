@@ -6,7 +6,8 @@
   G  bins of prefix trees                             U  nodes of a bin, or of a tree
   Y  target tokens                                    L  targets of a query: Y itself, then its rivals
   C  context tokens (demonstrations)                  V  vocabulary
-  M  branches of a bin: a target behind a prefix      D  devices
+  M  branches, targets behind prefixes, of a block    K  blocks of a bin
+  D  devices
 
 Masks are bool and True keeps. Every `log_` quantity is in nats. Fields are arrays of NumPy or JAX.
 """

@@ -139,7 +139,7 @@ def test_bins_hold_as_many_wanted_prefixes_as_cost_least():
 
 
 def test_how_many_branches_go_together():
-  assert [branches_of_block(behind) for behind in (0, 1, 6, 100, 192, 1000)] == [192, 192, 32, 1, 1, 1]
+  assert [branches_of_block(behind) for behind in (0, 1, 3, 6, 100, 192, 1000)] == [64, 64, 64, 32, 1, 1, 1]
 
 
 def test_wanted_prefixes_are_counted_once():

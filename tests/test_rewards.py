@@ -10,6 +10,7 @@ import pytest
 
 from gfn_jax import policy, prefix_tree
 from gfn_jax.data import pad_left, pad_right, query_table
+from gfn_jax.flops import forward_flops, program_flops
 from gfn_jax.models import load_pretrained, logits
 from gfn_jax.prefix_tree import PADDING, PADDING_ON_CPU, bucket
 from gfn_jax.rewards import Reward, RewardModel, prefix_log_rewards, whole_log_rewards
@@ -215,7 +216,7 @@ def several_queries(family):
     ("gptj", 192, PADDING_ON_CPU),
     ("gptj", 192, PADDING),
     ("gptj", 12, PADDING_ON_CPU),
-    ("gptj", 40, dataclasses.replace(PADDING_ON_CPU, tokens_of_call=1)),
+    ("gptj", 40, dataclasses.replace(PADDING_ON_CPU, tokens_of_call=20_000)),
     ("gpt2", 40, dataclasses.replace(PADDING, tokens_of_call=300)),
   ),
 )
@@ -270,20 +271,23 @@ def test_branches_go_block_by_block_as_far_as_there_are_any(tokens_of_call, monk
   model._padding = dataclasses.replace(PADDING_ON_CPU, tokens_of_call=tokens_of_call)
   calls = calls_of(model, monkeypatch)
   np.testing.assert_allclose(scored(model, batch), expected, rtol=0, atol=1e-4)
-  numbers = set()
+  assert len(calls) > 2 if tokens_of_call == 1 else len(calls) == 1
   for arrays in list(calls):
-    *_, targets, mask, num_blocks = arrays
+    bins, *_, targets, mask, num_blocks = arrays
     blocks, of_block, width = targets.shape[2:]
-    assert of_block == max(1, 16 // max(1, width - 1)) and blocks * of_block >= 32
+    assert of_block == max(1, 16 // max(1, width - 1)) and 32 <= blocks * of_block < 32 + of_block
     used = mask.any(-1).any(-1).any((0, 1))  # the blocks in which there is a target
-    assert used[: num_blocks[0]].any() and not used[num_blocks[0] :].any()
-    numbers.add(int(num_blocks[0]))
-    last = num_blocks[0] - 1
+    assert used[num_blocks - 1] and not used[num_blocks:].any()
     for all_blocks, fewer in zip(model.score_trees(*arrays), model.score_trees(*arrays[:-1], num_blocks - 1)):
-      np.testing.assert_array_equal(fewer[:, :, :last], all_blocks[:, :, :last])
-      np.testing.assert_array_equal(fewer[:, :, last:], 0.0)  # not computed
-      assert np.any(all_blocks[:, :, last])
-  assert len(numbers) > 1 if tokens_of_call == 1 else len(numbers) == 1
+      np.testing.assert_array_equal(fewer[:, :, : num_blocks - 1], all_blocks[:, :, : num_blocks - 1])
+      np.testing.assert_array_equal(fewer[:, :, num_blocks - 1 :], 0.0)  # not computed
+      assert np.any(all_blocks[:, :, num_blocks - 1])
+    # A block is so many FLOPs, of each trip of the loop.
+    tokens = bins.shape[1] * of_block * (width - 1)
+    block = forward_flops(pretrained.config, None, tokens=tokens, keys=32 + width - 1, outputs=tokens)
+    none, one, three = (program_flops(model.score_trees, *arrays, while_trips=(n,)) for n in (0, 1, 3))
+    assert (one - none, three - none) == (block, 3 * block)
+  assert len({int(num_blocks) for *_, num_blocks in calls}) > 1 or tokens_of_call > 1
 
 
 def test_no_queries():
@@ -362,8 +366,9 @@ def separate(pretrained, examples, tokens, length, context=(), stop=None, allowe
   return found
 
 
-def test_the_general_form_against_separate_passes():
+def test_the_general_form_against_separate_passes(monkeypatch):
   """alpha log p(z | X) + log p(Y | X, z) + beta log p(z) + log c(z) - penalty, term by term."""
+  monkeypatch.setattr(prefix_tree, "BLOCK_TOKENS", 8)  # a prefix's three targets may stand in two blocks
   pretrained, queries, tokens, length, wanted = general_case()
   stop, alpha, beta = 11, 0.7, -0.4
   none = np.zeros(0, np.int32)
@@ -422,13 +427,15 @@ def test_beta_needs_a_prior():
 ON_FOUR_DEVICES = """
 import json
 import jax, numpy as np
+from gfn_jax import prefix_tree
 from gfn_jax.rewards import RewardModel
 from test_rewards import CONTEXT, query_batch, scored
 from testing import tiny_pretrained
 
 assert jax.local_device_count() == 4
+prefix_tree.MIN_NODES, prefix_tree.BLOCK_TOKENS = 32, 16  # several bins, of several blocks
 pretrained = tiny_pretrained(seed=4)
-batch = query_batch(pretrained.config.vocab_size, num_samples=7)
+batch = query_batch(pretrained.config.vocab_size, num_samples=15)
 model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), devices=jax.local_devices())
 print(json.dumps(scored(model, batch).tolist()))
 """
@@ -437,6 +444,6 @@ print(json.dumps(scored(model, batch).tolist()))
 def test_four_devices_give_the_numbers_of_one():
   four = json.loads(run_python(ON_FOUR_DEVICES, devices=4).splitlines()[-1])
   pretrained = tiny_pretrained(seed=4)
-  batch = query_batch(pretrained.config.vocab_size, num_samples=7)
+  batch = query_batch(pretrained.config.vocab_size, num_samples=15)
   one = scored(RewardModel(pretrained, context=np.array(CONTEXT, np.int32)), batch)
   np.testing.assert_allclose(np.array(four), one, rtol=0, atol=1e-5)

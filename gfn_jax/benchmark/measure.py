@@ -135,9 +135,9 @@ class PhaseTimer:
       watch.calls[-1].trips = work.decode_trips(crowds(active[0].size, shares), active, length, state)
       return state
 
-    def timed_score(score, *args):
-      results = watch("reward", score, *args)
-      watch.calls[-1].trips = (float(args[-1].max()),)  # where it goes from block to block
+    def timed_score(score_trees, *args):
+      results = watch("reward", score_trees, *args)
+      watch.calls[-1].trips = (float(args[-1]),)  # where it goes from block to block
       return results
 
     def seen(ids, z, wanted):
