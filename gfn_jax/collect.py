@@ -245,7 +245,8 @@ class Collector:
   def _batch(self, query_ids, tokens, length, action_mask, log_reward) -> Batch:
     q = self.table[query_ids]
     prompts = [row[mask] for row, mask in zip(q.prompt_tokens, q.prompt_mask)]
-    size = bin_size(q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1], self._model.hidden_size)
+    of_query = q.prompt_tokens.shape[1], len(tokens) // len(q), tokens.shape[1]
+    size = bin_size(*of_query, self._model.hidden_size, self.padding)
     whole = self._objective == "vargrad" and self.padding.bin_by_bin  # it compares the samples of a query
     trees = build_trees(prompts, tokens, length, size, self._num_shares, self.padding, whole)
     return Batch(

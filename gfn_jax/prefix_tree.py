@@ -14,9 +14,10 @@ import numpy as np
 
 from gfn_jax.types import Trees
 
-# Nodes of a bin: as many as the model is wide, within these bounds, so that attention stays a small part of a layer's
-# work. In smaller bins more prompts stand twice; hence at least so many of the longest, where samples take them.
-MIN_NODES, MAX_NODES, PROMPTS_OF_BIN = 192, 512, 4
+# Nodes of a bin: as many as the model is wide, from this up to `Padding.most_nodes`, so that attention stays a small
+# part of a layer's work. In smaller bins more prompts stand twice; hence at least so many of the longest, where samples
+# take them.
+MIN_NODES, PROMPTS_OF_BIN = 192, 4
 FEWEST_BINS = 16  # of a loss that goes from bin to bin: usually one size, and one program
 
 
@@ -25,19 +26,22 @@ class Padding:
   """How much is computed at once, and so what is padded, and to which sizes: each is a program to compile.
 
   Attributes:
+    most_nodes: of a bin, but for long prompts.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
     bin_by_bin: the loss goes from bin to bin, and the rewards from one block of branches to the next: of either as many
       as there are, so that the last block alone is padded. Otherwise all are computed at once, each bin with as many
       branches.
   """
 
+  most_nodes: int
   tokens_of_call: int
   bin_by_bin: bool
 
 
 # What accelerators compile is kept for other runs, and they want large calls. A CPU compiles for minutes in every run,
 # and is faster with calls that its caches hold.
-PADDING, PADDING_ON_CPU = Padding(8192, bin_by_bin=False), Padding(256, bin_by_bin=True)
+PADDING = Padding(most_nodes=512, tokens_of_call=8192, bin_by_bin=False)
+PADDING_ON_CPU = Padding(most_nodes=256, tokens_of_call=256, bin_by_bin=True)
 FEWEST_BRANCHES, BRANCHES_PER_OCTAVE = 8, 8  # of a bin, where all are computed at once
 # Of a block, where they go block by block: XLA's products on CPUs are hardly slower for 192 rows than for 384.
 BLOCK_TOKENS, BLOCK_BRANCHES = 192, 64
@@ -129,9 +133,9 @@ def bucket(n: int, smallest: int = 1, per_octave: int = 4) -> int:
   return -(-n // step) * step
 
 
-def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int) -> int:
+def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int, padding: Padding = PADDING) -> int:
   """The most nodes of a bin, into which the longest prompt, of so many tokens, fits with a sample."""
-  nodes = max(MIN_NODES, min(hidden_size, MAX_NODES))
+  nodes = max(MIN_NODES, min(hidden_size, padding.most_nodes))
   of_query = prompt + num_samples * max_length
   return bucket(max(nodes, min(PROMPTS_OF_BIN * prompt, of_query), prompt + max_length))
 
@@ -230,7 +234,7 @@ def fill_bins(
 ) -> tuple[list[list[Part]], int]:
   """The trees of the N = B / Q samples of each of Q prompts, packed into bins, and the nodes U of a bin.
 
-  That is `size`, or less where one or two bins then hold as much. No prompts, no bins.
+  That is `size`, or less where up to three bins then hold as much. No prompts, no bins.
 
   Args:
     prompts: at least one token each. size: as `bin_size` says.
@@ -256,7 +260,7 @@ def fill_bins(
     size = max(size, bucket(max(int(q.nodes_from(0)[-1]) for q in queries)))
   limits = {size} if padding.bin_by_bin or not behind else {branches_of_bin(size * k // 8) for k in range(1, 9)}
   best = min((cut(size, most) for most in sorted(limits, reverse=True)), key=lambda found: found.num_tokens)
-  for eighths in {1: range(1, 8), 2: (6,)}.get(len(best.bins), ()):  # few sizes, which are programs
+  for eighths in {1: range(1, 8), 2: (5, 6, 7), 3: (6, 7)}.get(len(best.bins), ()):  # few sizes, which are programs
     again = cut(min(size, bucket(size * eighths // 8, smallest=32)), best.most_ends)
     if len(again.bins) == len(best.bins) and again.num_tokens < best.num_tokens:
       best = again

@@ -189,7 +189,8 @@ class RewardModel:
     """What a call returns, of this process's queries alone."""
     # A prompt that the context stands for altogether keeps its last token, which predicts Z.
     prompts = [row[mask] if mask.any() else row[-1:] for row, mask in zip(prompt_tokens, prompt_mask)]
-    size = bin_size(prompt_tokens.shape[1], num_samples, tokens.shape[1], self._config.hidden_size)
+    of_query = prompt_tokens.shape[1], num_samples, tokens.shape[1]
+    size = bin_size(*of_query, self._config.hidden_size, self._padding)
     num_targets, lengths = target_tokens.shape[1], target_mask.sum(-1).max(-1)
     width_of = lambda longest: min(bucket(int(longest)), target_tokens.shape[-1])  # noqa: E731
     behind = width_of(lengths.max(initial=0)) - 1

@@ -183,7 +183,7 @@ def test_a_query_can_be_kept_in_one_bin():
   assert queries(grown) == [[0], [1], [2]] and grown[1] == 10
 
 
-def test_one_or_two_bins_are_no_larger_than_they_must():
+def test_up_to_three_bins_are_no_larger_than_they_must():
   prompts, tokens, length = [np.arange(6)] * 2, np.array([[1, 2], [3, 4], [5, 6]] * 2, np.int32), np.full(6, 2)
   for size, num_bins, used in ((512, 1, 64), (320, 1, 40), (64, 1, 32), (14, 2, 14)):
     bins, found = fill_bins(prompts, tokens, length, size)
@@ -191,13 +191,19 @@ def test_one_or_two_bins_are_no_larger_than_they_must():
   tokens = np.arange(80, dtype=np.int32).reshape(40, 2)  # 80 nodes in two bins of 6 + 40, with a prompt twice
   bins, found = fill_bins([np.arange(6)], tokens, np.full(40, 2, np.int32), 64)
   assert (len(bins), found) == (2, 48)
+  of_two, of_three = {60: (2, 40), 80: (2, 48), 100: (2, 56), 110: (2, 64)}, {120: (3, 48), 140: (3, 56), 160: (3, 64)}
+  for n, sizes in {**of_two, **of_three, 180: (4, 64)}.items():
+    one_each = np.arange(n, dtype=np.int32).reshape(n, 1)  # behind a prompt of six
+    bins, found = fill_bins([np.arange(6)], one_each, np.ones(n, np.int32), 64)
+    assert (len(bins), found) == sizes, n
   assert fill_bins([], tokens[:0], length[:0], 64) == ([], 64)
 
 
 def test_sizes():
   assert [bucket(n) for n in (0, 1, 3, 8, 9, 13, 17, 25, 33)] == [1, 1, 3, 8, 10, 14, 20, 28, 40]
   assert [bucket(n, smallest=8) for n in (0, 8, 9)] == [8, 8, 10]
-  assert [bin_size(20, 8, 24, width) for width in (64, 384, 4096)] == [192, 384, 512]
+  for padding, sizes in ((PADDING, [192, 384, 512]), (PADDING_ON_CPU, [192, 256, 256])):
+    assert [bin_size(20, 8, 24, width, padding) for width in (64, 384, 4096)] == sizes
   # Four long prompts; a query altogether; a prompt with a sample.
   assert [bin_size(*sizes, 64) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]
 
