@@ -134,7 +134,7 @@ def step_work(config: ml_collections.ConfigDict, layout: Layout, lengths: Length
   decode = run.forward(run.lora, rows, p + t + 1, rows, cached=fresh * p + rows * t) * t
 
   # As `RewardModel` packs and scores them on accelerators, each call as its fullest.
-  largest = bin_size(p, samples, t, layout.model.hidden_size)
+  largest = bin_size(p, samples, t, layout.model.hidden_size, PADDING)
   # The whole sample among the prefixes that are wanted, and the trunk scores Y's first token.
   scored = 1 if config.loss.name not in PREFIX_LOSSES else config.loss.num_prefixes or t + 1
   wanted = np.tile(np.arange(t + 1) > t - scored, (rows, 1))

@@ -29,7 +29,7 @@ from gfn_jax.models.partition import tree_shardings
 from gfn_jax.models.quantization import quantize
 from gfn_jax.models.shapes import SHAPE_OF, SHAPES
 from gfn_jax.parallel import DATA_AXIS, make_mesh, map_step
-from gfn_jax.prefix_tree import bin_size, build_trees, unlike_samples
+from gfn_jax.prefix_tree import PADDING, bin_size, build_trees, unlike_samples
 from gfn_jax.step import make_optimizer, step_settings, train_step
 from gfn_jax.train import initial_trained, starting_adapter
 from gfn_jax.types import Acts, Batch, TrainState
@@ -119,7 +119,7 @@ def abstract_batch(
   queries, t = config.train.num_queries, config.sampler.max_length
   samples = config.sampler.num_samples
   rows, shares = queries * samples, num_devices * num_micro_batches(config, num_devices)
-  size = bin_size(prompt_tokens, samples, t, model.hidden_size)
+  size = bin_size(prompt_tokens, samples, t, model.hidden_size, PADDING)
   trees = build_trees(*unlike_samples(queries, samples, prompt_tokens, t), size, shares)
   array = jax.ShapeDtypeStruct
   return Batch(

@@ -28,9 +28,8 @@ class Padding:
   Attributes:
     most_nodes: of a bin, but for long prompts.
     tokens_of_call: of a pass of the rewards; more bins go into further calls, one at the least.
-    bin_by_bin: the loss goes from bin to bin, and the rewards from one block of branches to the next: of either as many
-      as there are, so that the last block alone is padded. Otherwise all are computed at once, each bin with as many
-      branches.
+    bin_by_bin: the loss goes from bin to bin, and the rewards from one block of branches to the next, up to the last
+      that anything stands in. Otherwise all are computed at once, and their numbers are padded to some sizes.
   """
 
   most_nodes: int
@@ -43,7 +42,8 @@ class Padding:
 PADDING = Padding(most_nodes=512, tokens_of_call=8192, bin_by_bin=False)
 PADDING_ON_CPU = Padding(most_nodes=256, tokens_of_call=256, bin_by_bin=True)
 FEWEST_BRANCHES, BRANCHES_PER_OCTAVE = 8, 8  # of a bin, where all are computed at once
-# Of a block, where they go block by block: XLA's products on CPUs are hardly slower for 192 rows than for 384.
+# Of a block, where they go block by block: about 192 tokens, since XLA's products on CPUs gain little from more rows;
+# fewer of short targets, since a bin may have no more branches (those of whole samples alone, say).
 BLOCK_TOKENS, BLOCK_BRANCHES = 192, 64
 
 
@@ -133,7 +133,7 @@ def bucket(n: int, smallest: int = 1, per_octave: int = 4) -> int:
   return -(-n // step) * step
 
 
-def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int, padding: Padding = PADDING) -> int:
+def bin_size(prompt: int, num_samples: int, max_length: int, hidden_size: int, padding: Padding) -> int:
   """The most nodes of a bin, into which the longest prompt, of so many tokens, fits with a sample."""
   nodes = max(MIN_NODES, min(hidden_size, padding.most_nodes))
   of_query = prompt + num_samples * max_length
@@ -301,13 +301,14 @@ def build_trees(
   """Trees of a batch whose queries fall into `num_shares`, one after another: as many bins for each.
 
   Args:
-    prompts, size, whole: as of `fill_bins`. padding: of the number of bins.
+    prompts, size, whole: as of `fill_bins`. padding: of the number of bins, too.
   """
   num_queries, num_rows = len(prompts) // num_shares, len(tokens) // num_shares
 
   def share(i: int, size: int) -> tuple[list[list[Part]], int]:
     own = slice(i * num_rows, (i + 1) * num_rows)
-    return fill_bins(prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own], size, whole=whole)
+    of_share = prompts[i * num_queries : (i + 1) * num_queries], tokens[own], length[own]
+    return fill_bins(*of_share, size, padding=padding, whole=whole)
 
   shares, sizes = zip(*(share(i, size) for i in range(num_shares)))
   size, num_bins = max(sizes), max(map(len, shares))

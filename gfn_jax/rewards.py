@@ -59,7 +59,7 @@ def _score_trees(
   branches: jax.Array,  # [G, K, M], the nodes to score, in K blocks
   target_tokens: jax.Array,  # [G, K, M, Y], of each
   target_mask: jax.Array,
-  num_blocks: jax.Array,  # the first of K, which alone are computed where there are more than one
+  num_blocks: jax.Array,  # how many of K are computed, from the first; a single one always is
 ) -> tuple[jax.Array, jax.Array]:
   """log p(z_1:t | context, prompt) and log p(target | context, prompt, z_1:t), [G, K, M], for G bins of trees.
 

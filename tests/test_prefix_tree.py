@@ -205,7 +205,7 @@ def test_sizes():
   for padding, sizes in ((PADDING, [192, 384, 512]), (PADDING_ON_CPU, [192, 256, 256])):
     assert [bin_size(20, 8, 24, width, padding) for width in (64, 384, 4096)] == sizes
   # Four long prompts; a query altogether; a prompt with a sample.
-  assert [bin_size(*sizes, 64) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]
+  assert [bin_size(*sizes, 64, PADDING) for sizes in ((60, 16, 24), (100, 8, 24), (1000, 1, 24))] == [256, 320, 1024]
 
 
 @pytest.mark.parametrize("size", (12, 30, 192))

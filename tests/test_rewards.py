@@ -437,7 +437,18 @@ prefix_tree.MIN_NODES, prefix_tree.BLOCK_TOKENS = 32, 16  # several bins, of sev
 pretrained = tiny_pretrained(seed=4)
 batch = query_batch(pretrained.config.vocab_size, num_samples=15)
 model = RewardModel(pretrained, context=np.array(CONTEXT, np.int32), devices=jax.local_devices())
-print(json.dumps(scored(model, batch).tolist()))
+score_trees, used = model.score_trees, []
+
+
+def seen(*arrays):
+  used.append(arrays[-2].any((-1, -2)).sum((1, 2)).tolist())  # blocks of each device that hold a target
+  return score_trees(*arrays)
+
+
+model.score_trees = seen
+found = scored(model, batch).tolist()
+assert any(len(set(blocks)) > 1 and max(blocks) > 1 for blocks in used), used
+print(json.dumps(found))
 """
 
 
